@@ -1,0 +1,1 @@
+"""Integer kernels: one file each, a numpy reference beside its ONNX lowering."""

@@ -1,0 +1,1 @@
+"""Graph passes: one file each; the registry is `qcompile.passes.PASSES`."""
