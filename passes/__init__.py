@@ -1,1 +1,31 @@
-"""Graph passes: one file each; the registry is `qcompile.passes.PASSES`."""
+"""Graph passes: one file each; the registry is `PASSES`, in the order in which they run."""
+
+from __future__ import annotations
+
+from qcompile.passes.calibrate import Calibrate
+from qcompile.passes.correct_bias import CorrectBias
+from qcompile.passes.dyadic_scales import DyadicScales
+from qcompile.passes.eliminate import Eliminate
+from qcompile.passes.fold_bn import FoldBatchNorm
+from qcompile.passes.fold_constants import FoldConstants
+from qcompile.passes.fuse_linear import FuseLinear
+from qcompile.passes.integer_bias import IntegerBias
+from qcompile.passes.quantise import Quantise
+from qcompile.passes.round_weights import RoundWeights
+from qcompile.passes.simplify_shapes import SimplifyShapes
+
+from qcompile.rewrite import Pass
+
+PASSES: tuple[Pass, ...] = (
+    FoldConstants(),
+    SimplifyShapes(),
+    Eliminate(),
+    FuseLinear(),
+    FoldBatchNorm(),
+    Calibrate(),
+    Quantise(),
+    DyadicScales(),
+    RoundWeights(),
+    IntegerBias(),
+    CorrectBias(),
+)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
-from qcompile.runtime import Array
+from qcompile.graph import Graph
+from qcompile.plan import Plan
+from qcompile.qparams import ACTIVATIONS, ActivationType
+from qcompile.ranges import Observer
+from qcompile.runtime import Array, Feeds
 
 
 @dataclass(frozen=True)
@@ -36,8 +41,23 @@ class Settings:
 class Context:
     """State of one compilation, handed from pass to pass.
 
+    observers: calibration statistics by tensor name. float_graph: the canonical float model, kept before quantising.
+    plan: what was decided, from `quantise` on. calibration: starts a fresh sweep over the calibration feeds; calibrated:
+    how many the last sweep saw. progress: called with a stage's name as work goes on.
     samples: a bounded list of calibration feeds (axis 0 the batch) that promise checks and the walk use.
     """
 
     settings: Settings = field(default_factory=Settings)
     samples: list[dict[str, Array]] = field(default_factory=list)
+    observers: dict[str, Observer] = field(default_factory=dict)
+    float_graph: Graph | None = None
+    plan: Plan | None = None
+    calibration: Callable[[], Iterable[Feeds]] = tuple
+    calibrated: int = 0
+    corrected: bool = False
+    progress: Callable[[str], None] | None = None
+
+    @property
+    def activations(self) -> ActivationType:
+        """The integer type of activations for the target."""
+        return ACTIVATIONS[self.settings.target]

@@ -18,7 +18,6 @@ import onnx
 import onnx_graphsurgeon as gs
 from onnx import (
     AttributeProto,
-    GraphProto,
     ModelProto,
     NodeProto,
     SparseTensorProto,
@@ -28,11 +27,11 @@ from onnx import (
     numpy_helper,
 )
 
-from qcompile.errors import ModelError
+from qcompile.graph_parts import Shape, body_captures, dense_array, dims_of, domain_aliases, topological
 from qcompile.tensors import byte_size, read_tensor
 
 Array = npt.NDArray[Any]
-Shape = tuple["int | str | None", ...]
+__all__ = ["Array", "Const", "Graph", "Node", "Shape", "Tensor", "Value", "body_captures"]
 _EMBED_LIMIT = 1024  # constants up to this many bytes take part in shape inference by value
 
 
@@ -66,7 +65,7 @@ class Value(gs.Variable):  # type: ignore[misc]
     @property
     def dims(self) -> Shape | None:
         """Its shape, ints where static, names or None where not; None where even the rank is unknown."""
-        return _dims(self.type)
+        return dims_of(self.type)
 
     @property
     def elem_type(self) -> int:
@@ -85,6 +84,7 @@ class Const(gs.Constant):  # type: ignore[misc]
         super().__init__(name, np.zeros(0, np.float32))
         self.proto = proto
         self.directory = directory or Path()
+        self.info: onnx.ValueInfoProto | None = None  # where it is a graph output: how the output was declared
 
     __hash__ = object.__hash__
 
@@ -94,8 +94,12 @@ class Const(gs.Constant):  # type: ignore[misc]
     def array(self) -> Array:
         """The values. Sparse ones are made dense, external ones read from their file."""
         if isinstance(self.proto, SparseTensorProto):
-            return _dense(self.proto)
+            return dense_array(self.proto)
         return read_tensor(self.proto, self.directory)
+
+    def assign(self, value: Array) -> None:
+        """Replace the values; the name stays."""
+        self.proto = numpy_helper.from_array(np.ascontiguousarray(value).reshape(value.shape), self.name)
 
     @property
     def producer(self) -> Node | None:
@@ -146,7 +150,8 @@ class Node(gs.Node):  # type: ignore[misc]
     ) -> None:
         super().__init__(op, name, attrs or {}, list(inputs), list(outputs), domain)
         self.source = source  # doc string, metadata, overload and device annotations ride here
-        self.captured: list[Tensor] = []  # outer tensors that its bodies read
+        self.captured: list[Tensor] = []  # outer tensors that its bodies read ...
+        self.captured_as: list[str] = []  # ... and the names the bodies know them by
 
     __hash__ = object.__hash__
 
@@ -197,6 +202,7 @@ class Graph:
         self.outputs: list[Tensor] = []
         self.constants: dict[str, Const] = {}
         self._names: set[str] = set()
+        self._counts: dict[str, int] = {}  # where fresh_name goes on counting
 
     # ---- reading and writing ----
     @classmethod
@@ -213,11 +219,11 @@ class Graph:
 
         return load_file(Path(path))
 
-    def to_proto(self) -> ModelProto:
-        """The model as one ModelProto, nodes sorted, external constants still external."""
+    def to_proto(self, embed: bool = False) -> ModelProto:
+        """The model as one ModelProto, nodes sorted. External constants stay external, or with `embed` are read in."""
         from qcompile.graph_io import write_model
 
-        return write_model(self)
+        return write_model(self, embed=embed)
 
     def save(self, path: str | Path) -> None:
         """Write to `path` atomically; beyond 2 GiB the constants stream into `<path>.data`."""
@@ -227,15 +233,14 @@ class Graph:
 
     def copy(self) -> Graph:
         """An independent graph; constants' protos are shared, not copied."""
-        from qcompile.graph_io import read_model, write_model
+        from qcompile.graph_io import copy_graph
 
-        directory = next((c.directory for c in self.constants.values()), Path())
-        return read_model(write_model(self, share=True), directory, share=True)
+        return copy_graph(self)
 
     # ---- opsets ----
     def opset(self, domain: str = "") -> int | None:
         """The imported version of `domain`, or None."""
-        return next((o.version for o in self.shell.opset_import if o.domain in _aliases(domain)), None)
+        return next((o.version for o in self.shell.opset_import if o.domain in domain_aliases(domain)), None)
 
     def require_opset(self, domain: str, version: int = 1) -> None:
         """Import `domain` at `version` unless it is imported already."""
@@ -245,10 +250,11 @@ class Graph:
     # ---- editing ----
     def fresh_name(self, base: str) -> str:
         """A tensor or node name not used yet: `base`, else `base_1`, `base_2` ..."""
-        name, count = base, 0
+        name, count = base, self._counts.get(base, 0)
         while name in self._names or name == "":
             count += 1
             name = f"{base}_{count}"
+        self._counts[base] = count
         self._names.add(name)
         return name
 
@@ -340,7 +346,7 @@ class Graph:
         node.inputs.clear()
         if detach_outputs:
             node.outputs.clear()
-        node.captured = []
+        node.captured, node.captured_as = [], []
         self.nodes = [n for n in self.nodes if n is not node]
 
     def cleanup(self) -> int:
@@ -365,30 +371,7 @@ class Graph:
 
     def sort(self) -> None:
         """Topological order, stable: among ready nodes the earlier in the list comes first. Raises ModelError on a cycle."""
-        from heapq import heapify, heappop, heappush
-
-        index = {n: i for i, n in enumerate(self.nodes)}
-        waiting: dict[Node, int] = {}
-        follow: dict[Node, list[Node]] = {}
-        for node in self.nodes:
-            before = {t.producer for t in [*node.inputs, *node.captured] if t.producer is not None}
-            waiting[node] = len(before)
-            for producer in before:
-                follow.setdefault(producer, []).append(node)
-        ready = [index[n] for n in self.nodes if waiting[n] == 0]
-        heapify(ready)
-        order: list[Node] = []
-        while ready:
-            node = self.nodes[heappop(ready)]
-            order.append(node)
-            for after in follow.get(node, ()):
-                waiting[after] -= 1
-                if waiting[after] == 0:
-                    heappush(ready, index[after])
-        if len(order) != len(self.nodes):
-            stuck = next(n for n in self.nodes if waiting[n] > 0)
-            raise ModelError(f"node '{stuck.label}' is part of a cycle; the model is not a valid ONNX graph")
-        self.nodes = order
+        self.nodes = topological(self.nodes)
 
     def values(self) -> Iterator[Value]:
         """Graph inputs and all computed tensors, in node order."""
@@ -401,36 +384,3 @@ class Graph:
         from qcompile.graph_io import infer_types
 
         infer_types(self, _EMBED_LIMIT)
-
-
-def _aliases(domain: str) -> tuple[str, ...]:
-    return ("", "ai.onnx") if domain in ("", "ai.onnx") else (domain,)
-
-
-def _dims(type: TypeProto | None) -> Shape | None:
-    if type is None or not type.HasField("tensor_type") or not type.tensor_type.HasField("shape"):
-        return None
-    return tuple(d.dim_value if d.HasField("dim_value") else (d.dim_param or None) for d in type.tensor_type.shape.dim)
-
-
-def _dense(sparse: SparseTensorProto) -> Array:
-    values = numpy_helper.to_array(sparse.values)
-    indices = numpy_helper.to_array(sparse.indices)
-    dense = np.zeros(int(np.prod(sparse.dims, dtype=np.int64)), values.dtype)
-    flat = indices if indices.ndim == 1 else np.ravel_multi_index(tuple(indices.T), tuple(sparse.dims))
-    dense[flat] = values
-    return dense.reshape(tuple(sparse.dims))
-
-
-def body_captures(body: GraphProto) -> set[str]:
-    """Names that a subgraph reads from the graphs around it."""
-    own = {i.name for i in body.input} | {i.name for i in body.initializer} | {s.values.name for s in body.sparse_initializer}
-    reads: set[str] = set()
-    for node in body.node:
-        reads |= {name for name in node.input if name} - own
-        for attribute in node.attribute:
-            graphs = [attribute.g] if attribute.type == AttributeProto.GRAPH else list(attribute.graphs)
-            for inner in graphs:
-                reads |= body_captures(inner) - own
-        own |= set(node.output)
-    return reads | ({o.name for o in body.output} - own)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx
-from onnx import TensorProto, external_data_helper, numpy_helper
+from onnx import TensorProto, numpy_helper
 
 from qcompile.errors import ModelError
 
@@ -33,29 +33,50 @@ def read_tensor(proto: TensorProto, directory: Path) -> Array:
         raise ModelError(f"initializer '{proto.name}' cannot be read: {error}; export the model again") from error
 
 
+def location(proto: TensorProto) -> str:
+    """The file name that an external `proto` gives, relative to the model's folder."""
+    return next((e.value for e in proto.external_data if e.key == "location"), "")
+
+
 def with_data(proto: TensorProto, directory: Path) -> TensorProto:
-    """A copy of an external `proto` that holds its own bytes (raw_data)."""
-    info = external_data_helper.ExternalDataInfo(proto)
-    path = directory / info.location
+    """A copy of an external `proto` that holds its own bytes (raw_data); only the bytes of this tensor are read.
+
+    Raises ModelError where the file is missing, too short or outside `directory`.
+    """
+    path = directory / location(proto)
     if not path.resolve().is_relative_to(directory.resolve()):
         raise ModelError(
-            f"initializer '{proto.name}': its data lie outside the model's folder ({info.location}); move them there"
+            f"initializer '{proto.name}': its data lie outside the model's folder ({location(proto)}); move them there"
         )
     if not path.is_file():
         raise ModelError(f"initializer '{proto.name}': data file {path} is missing; put it beside the model")
-    offset = int(info.offset or 0)
-    length = int(info.length) if info.length is not None else path.stat().st_size - offset
-    with path.open("rb") as file:
-        file.seek(offset)
-        raw = file.read(length)
-    if len(raw) != length:
+    try:
+        entries = {e.key: int(e.value) for e in proto.external_data if e.key in ("offset", "length")}
+    except ValueError as error:
+        raise ModelError(f"initializer '{proto.name}': its external offset or length is no number; export it again") from error
+    offset = entries.get("offset", 0)
+    length = entries.get("length", path.stat().st_size - offset)
+    if offset < 0 or length < 0 or offset + length > path.stat().st_size:
         raise ModelError(f"initializer '{proto.name}': {path} is too short; the download may be truncated")
-    own = TensorProto()
-    own.CopyFrom(proto)
-    del own.external_data[:]
-    own.data_location = TensorProto.DEFAULT
-    own.raw_data = raw
+    own = TensorProto(name=proto.name, data_type=proto.data_type, dims=proto.dims)
+    if proto.HasField("doc_string"):
+        own.doc_string = proto.doc_string
+    if hasattr(proto, "metadata_props"):
+        own.metadata_props.extend(proto.metadata_props)
+    try:
+        with path.open("rb") as file:
+            file.seek(offset)
+            own.raw_data = file.read(length)
+    except OSError as error:
+        raise ModelError(f"initializer '{proto.name}': {path} cannot be read ({error.strerror}); check it") from error
     return own
+
+
+def raw_bytes(proto: TensorProto) -> bytes:
+    """The values of a non-string `proto` that holds them itself, as little-endian raw_data."""
+    if proto.HasField("raw_data"):
+        return proto.raw_data
+    return numpy_helper.from_array(numpy_helper.to_array(proto)).raw_data
 
 
 def byte_size(proto: TensorProto) -> int:
@@ -68,7 +89,7 @@ def byte_size(proto: TensorProto) -> int:
 
 
 def _bits() -> dict[int, int]:
-    four = {TensorProto.INT4, TensorProto.UINT4, TensorProto.FLOAT4E2M1}
+    four = {getattr(TensorProto, name) for name in ("INT4", "UINT4", "FLOAT4E2M1") if hasattr(TensorProto, name)}
     two = {getattr(TensorProto, name) for name in ("INT2", "UINT2") if hasattr(TensorProto, name)}
     table: dict[int, int] = {}
     for _, code in TensorProto.DataType.items():

@@ -1,0 +1,41 @@
+"""One streaming sweep over the calibration data: ranges of every tensor that will be quantised. The graph is not changed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qcompile.passes.quantise import scale_sources
+
+from qcompile.context import Context
+from qcompile.graph import Graph, Value
+from qcompile.placement import place
+from qcompile.ranges import observe
+from qcompile.rewrite import Exact, Promise, Report
+from qcompile.sessions import graph_session
+
+
+@dataclass(frozen=True)
+class Calibrate:
+    """Fills `context.observers` from `context.calibration`; O(1) feeds in memory."""
+
+    name: str = "calibrate"
+    keeps: Promise = Exact()
+
+    def run(self, graph: Graph, context: Context) -> Report:
+        """No rewrites. Raises DataError on empty data, NaN or Inf."""
+        if context.observers or any(n.op == "QuantizeLinear" for n in graph.nodes):
+            return Report()
+        graph.infer_shapes()
+        names = scale_sources(graph, place(graph, context.settings))
+        if not names:
+            return Report()
+        watched = graph.copy()
+        by_name: dict[str, Value] = {v.name: v for v in watched.values()}
+        inputs = {v.name for v in watched.inputs}
+        present = {o.name for o in watched.outputs}
+        watched.outputs += [by_name[n] for n in names if n not in inputs and n not in present]
+        session = graph_session(watched, label="calibration")
+        progress = context.progress
+        tick = None if progress is None else lambda: progress("calibrating")
+        context.observers, context.calibrated = observe(session, names, context.calibration(), tick)
+        return Report()

@@ -1,0 +1,59 @@
+"""Biases to int32 at scale Sx*Sw: the accumulator's own scale, so that adding them is exact.
+
+    b  ->  DequantizeLinear(round(b / (Sx*Sw)), Sx*Sw, axis=0)
+
+|bias| + 255 * sum|w| < 2^31 is checked for every channel: no accumulator can wrap.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from qcompile.context import Context
+from qcompile.errors import PassError
+from qcompile.graph import Graph
+from qcompile.rewrite import Lossy, Promise, Report
+
+
+@dataclass(frozen=True)
+class IntegerBias:
+    """Round each linear node's bias; the last step before lowering."""
+
+    name: str = "integer_bias"
+    keeps: Promise = Lossy()
+
+    def run(self, graph: Graph, context: Context) -> Report:
+        """Rewrites: one a bias."""
+        report = Report()
+        if context.plan is None:
+            return report
+        span = context.activations.high - context.activations.low
+        for site in context.plan.linears:
+            bias = site.node.constant(2)
+            if bias is None or site.weight_scale is None:
+                continue
+            scale = np.float32(site.source.scale) * site.weight_scale
+            integers = np.rint(bias.array().astype(np.float64) / scale.astype(np.float64))
+            producer = site.node.inputs[1].producer
+            assert producer is not None
+            weights = producer.constant(0)
+            assert weights is not None
+            axes = tuple(a for a in range(len(weights.dims)) if a != site.axis)
+            reach = span * np.abs(weights.array().astype(np.int64)).sum(axis=axes) + np.abs(integers)
+            if (reach >= 2**31).any():
+                channel = int(np.argmax(reach))
+                raise PassError(
+                    f"node '{site.node.label}', channel {channel}: the int32 accumulator could overflow; "
+                    f"leave it float with --exclude '{site.node.label}'"
+                )
+            stored = graph.constant(bias.name + "_int32", integers.astype(np.int32))
+            factor = graph.constant(bias.name + "_scale", scale)
+            node = graph.node(
+                "DequantizeLinear", [stored, factor], [bias.name + "_dequantized"], name=site.node.label + "_bias_dq", axis=0
+            )
+            site.node.inputs[2] = node.outputs[0]
+            report.rewrites += 1
+        graph.cleanup()
+        return report

@@ -1,0 +1,91 @@
+"""Weights to int8, one scale a channel, on the grid where Sx*Sw/Sy is exactly b/2^16; ends in float: any scale.
+
+    W [channels, K]  ->  DequantizeLinear(W_int8, Sw, axis)
+
+The scale is chosen by squared error among the grid's points, under the pair rule for `--target any` (depthwise convolutions are
+exempt: their kernels do not add products in pairs).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qcompile.context import Context
+from qcompile.errors import PassError
+from qcompile.graph import Graph, Node
+from qcompile.plan import LinearSite
+from qcompile.qparams import quantise_weight
+from qcompile.rewrite import Lossy, Promise, Report
+
+Array = npt.NDArray[Any]
+
+
+def weight_matrix(weight: Array, op: str, axis: int) -> Array:
+    """`[channels, K]` in the kernel's K order: (kh, kw, channel of the group) for Conv, rows of the product for Gemm."""
+    if op == "Conv":
+        return np.moveaxis(weight, 1, -1).reshape(weight.shape[0], -1)
+    return np.moveaxis(weight, axis, 0)
+
+
+def weight_tensor(matrix: Array, shape: tuple[int, ...], op: str, axis: int) -> Array:
+    """The inverse of `weight_matrix`: back to the tensor's own `shape`."""
+    if op == "Conv":
+        return np.moveaxis(matrix.reshape(shape[0], *shape[2:], shape[1]), -1, 1)
+    return np.moveaxis(matrix, 0, axis)
+
+
+@dataclass(frozen=True)
+class RoundWeights:
+    """Round to nearest on the final dyadic scale."""
+
+    name: str = "round_weights"
+    keeps: Promise = Lossy()
+
+    def run(self, graph: Graph, context: Context) -> Report:
+        """Rewrites: one a weight tensor."""
+        report = Report()
+        if context.plan is None:
+            return report
+        for site in context.plan.linears:
+            if site.weight_scale is None:
+                _round(graph, context, site)
+                report.rewrites += 1
+        graph.cleanup()
+        return report
+
+
+def _round(graph: Graph, context: Context, site: LinearSite) -> None:
+    node, settings = site.node, context.settings
+    weight, bias = node.constant(1), node.constant(2)
+    assert weight is not None and bias is not None
+    values = weight.array()
+    try:
+        result = quantise_weight(
+            weight_matrix(values, node.op, site.axis),
+            site.source.scale,
+            None if site.result is None else site.result.scale,
+            pair_rule=settings.target == "any" and not site.depthwise,
+            candidates=8 if settings.effort == "fast" else 24,
+            bias=bias.array(),
+            activation_top=context.activations.high - context.activations.low,
+        )
+    except ValueError as error:
+        raise PassError(f"node '{node.label}': {error}; leave it float with --exclude '{node.label}'") from error
+    site.weight_scale = result.scale
+    replace_weight(graph, node, weight_tensor(result.values, values.shape, node.op, site.axis), result.scale, site.axis)
+
+
+def replace_weight(graph: Graph, node: Node, integers: Array, scale: Array, axis: int) -> None:
+    """Let `node` read its weights through a DequantizeLinear with one scale a channel."""
+    name = node.inputs[1].name
+    stored = graph.constant(name + "_int8", np.ascontiguousarray(integers.astype(np.int8)))
+    factor = graph.constant(name + "_scale", scale.astype(np.float32))
+    zero = graph.constant(name + "_zero_point", np.zeros(scale.shape, np.int8))
+    dequantise = graph.node(
+        "DequantizeLinear", [stored, factor, zero], [name + "_dequantized"], name=node.label + "_weight_dq", axis=axis
+    )
+    node.inputs[1] = dequantise.outputs[0]

@@ -1,0 +1,197 @@
+"""Quantisation parameters: activation scales from ranges, weight scales on the dyadic grid, rounding under the pair rule.
+
+Everything here is numpy on plain arrays; no graph. A weight matrix is `[channels, K]` in the kernel's K order
+(convolution: kh, kw, channel of the group), one scale a channel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+FloatArray = npt.NDArray[np.float64]
+
+SHIFT = 16  # c of every linear multiplier b/2^c: the largest for which float32 rescaling is proven exact
+WEIGHT_MAX = 127  # -128 is never used: ARM kernels without dot products overflow on it
+PAIR_LIMIT = 128  # 255 * 128 = 32640 < 2^15: no u8 x s8 pair sum can saturate an int16
+_LEAST_B = 1
+_LARGEST_B = 2**24 - 1
+
+
+@dataclass(frozen=True)
+class ActivationType:
+    """Integer type of activations: bounds and numpy dtype; `symmetric` fixes the zero point at 0."""
+
+    low: int
+    high: int
+    dtype: type[np.uint8] | type[np.int8]
+    symmetric: bool
+
+
+ACTIVATIONS: dict[str, ActivationType] = {
+    "any": ActivationType(0, 255, np.uint8, False),
+    "vnni": ActivationType(0, 255, np.uint8, False),
+    "arm": ActivationType(-128, 127, np.int8, False),
+    "tensorrt": ActivationType(-128, 127, np.int8, True),
+}
+
+
+def activation_params(low: float, high: float, kind: ActivationType) -> tuple[np.float32, int]:
+    """(scale, zero_point) that map [low, high], widened to hold 0, onto the integer range; 0.0 is exact."""
+    low, high = min(low, 0.0), max(high, 0.0)
+    if kind.symmetric:
+        bound = max(-low, high)
+        scale = np.float32(bound / kind.high) if bound > 0 else np.float32(1.0)
+        return _normal(scale), 0
+    if high == low:
+        return np.float32(1.0), kind.low if high == 0 else 0
+    scale = _normal(np.float32((high - low) / (kind.high - kind.low)))
+    zero_point = int(np.clip(np.rint(kind.low - low / float(scale)), kind.low, kind.high))
+    return scale, zero_point
+
+
+def _normal(scale: np.float32) -> np.float32:
+    """Never below 2^-60: products of three scales stay normal float32 numbers."""
+    return np.float32(max(float(scale), 2.0**-60))
+
+
+def exact_weight_scale(b: npt.NDArray[np.int64], input_scale: np.float32, output_scale: np.float32) -> npt.NDArray[np.float32]:
+    """Sw with fl(fl(Sx*Sw)/Sy) == b / 2^16 to the last bit, NaN where no float32 near the quotient gives it. Any shape."""
+    target = (b.astype(np.float64) / 2.0**SHIFT).astype(np.float32)
+    start = (b.astype(np.float64) / 2.0**SHIFT * float(output_scale) / float(input_scale)).astype(np.float32)
+    found = np.full(b.shape, np.nan, np.float32)
+    candidate_up, candidate_down = start.copy(), start.copy()
+    for step in range(3):
+        for candidate in (candidate_up, candidate_down) if step else (start,):
+            exact = (np.float32(input_scale) * candidate) / np.float32(output_scale) == target
+            found = np.where(np.isnan(found) & exact, candidate, found)
+        candidate_up = np.nextafter(candidate_up, np.float32(np.inf))
+        candidate_down = np.nextafter(candidate_down, np.float32(0))
+    return found
+
+
+def round_pairs(target: FloatArray, limit: int = PAIR_LIMIT, top: int = WEIGHT_MAX) -> FloatArray:
+    """Nearest integers q to `target` [.., K] with |q| <= top and, for each pair of equal sign, |q[2i] + q[2i+1]| <= limit.
+
+    Projection onto the pair constraint: the excess is taken from both in equal parts, the odd unit from the one that
+    rounded away furthest. Values are integral; the caller converts to int8.
+    """
+    q = np.clip(np.rint(target), -top, top)
+    even = q.shape[-1] // 2 * 2
+    a, b = q[..., 0:even:2], q[..., 1:even:2]
+    total = a + b
+    over = np.abs(total) > limit
+    if not over.any():
+        return q
+    ta, tb = target[..., 0:even:2][over], target[..., 1:even:2][over]
+    sign = np.sign(total[over])
+    # Both have one sign (|a|, |b| <= 127 and |a+b| > 128): work on magnitudes. The least-squares point on a + b = limit.
+    ta, tb = ta * sign, tb * sign
+    qa = np.clip(np.rint(ta - (ta + tb - limit) / 2), limit - top, top)
+    q[..., 0:even:2][over] = qa * sign
+    q[..., 1:even:2][over] = (limit - qa) * sign
+    return q
+
+
+@dataclass(frozen=True)
+class QuantisedWeight:
+    """int8 weights `[channels, K]`, float32 scale `[channels]`, and b of each channel's multiplier (None: float output)."""
+
+    values: npt.NDArray[np.int8]
+    scale: npt.NDArray[np.float32]
+    b: npt.NDArray[np.int64] | None
+
+
+def quantise_weight(
+    weight: Array,
+    input_scale: np.float32,
+    output_scale: np.float32 | None,
+    *,
+    pair_rule: bool,
+    candidates: int = 24,
+    importance: Array | None = None,
+    bias: Array | None = None,
+    top: int = WEIGHT_MAX,
+    activation_top: int = 255,
+) -> QuantisedWeight:
+    """Choose each channel's scale by squared error (weighted by `importance` [K]), on the dyadic grid where a rescale follows.
+
+    weight: [channels, K] float. `top` is the largest magnitude (127; 7 for 4 bits). The accumulator of every channel is kept
+    inside int32: |bias|/(Sx*Sw) + activation_top * sum|q| < 2^31, by widening the scale of near-dead channels.
+    Raises ValueError naming the channel where no exact scale exists (none was ever seen).
+    """
+    matrix = np.asarray(weight, np.float64)
+    channels = matrix.shape[0]
+    peak = np.abs(matrix).max(axis=1, initial=0.0)
+    least = _least_scale(matrix, bias, float(input_scale), activation_top)
+    full = np.maximum(peak / top, least)
+    # The pair rule may want a scale up to twice as wide: two equal weights of 127 that share a pair become 64 each. Without it a
+    # little above 1 is tried too, for the nearest grid points may all lie below the peak and clip it.
+    widest = 2.0 if pair_rule else 1.15
+    factors = np.concatenate([np.linspace(widest, 1.02, candidates), np.linspace(1.0, 0.5 if top < 100 else 0.7, candidates)])
+    best_error = np.full(channels, np.inf)
+    best_scale = np.zeros(channels, np.float32)
+    best_b = np.zeros(channels, np.int64)
+    best_q = np.zeros(matrix.shape, np.int8)
+    last_b = np.full(channels, -1, np.int64)
+    for factor in factors:
+        wanted = np.maximum(full * factor, least)
+        scale, b = _on_grid(wanted, input_scale, output_scale)
+        fresh = b != last_b if output_scale is not None else np.ones(channels, bool)
+        last_b = b
+        if not fresh.any():
+            continue
+        rows = np.flatnonzero(fresh)
+        target = matrix[rows] / scale[rows, None].astype(np.float64)
+        q = round_pairs(target, top=top) if pair_rule else np.clip(np.rint(target), -top, top)
+        difference = (target - q) * scale[rows, None]
+        error = (
+            np.einsum("ck,ck,k->c", difference, difference, importance)
+            if importance is not None
+            else np.einsum("ck,ck->c", difference, difference)
+        )
+        better = rows[error < best_error[rows]]
+        chosen = error < best_error[rows]
+        best_error[better], best_scale[better], best_b[better] = error[chosen], scale[better], b[better]
+        best_q[better] = q[chosen].astype(np.int8)
+    return QuantisedWeight(best_q, best_scale, best_b if output_scale is not None else None)
+
+
+def _least_scale(matrix: FloatArray, bias: Array | None, input_scale: float, activation_top: int) -> FloatArray:
+    """Least Sw for which bias and accumulator together stay below 2^31 (2^30 each leaves room for bias correction)."""
+    floor = np.full(matrix.shape[0], 2.0**-80 / input_scale if input_scale < 1 else 2.0**-80)
+    # sum|q| <= K * 127 and 255 * 127 * K < 2^30 for K < 33,000; larger K is bounded through the real sum of |w|.
+    floor = np.maximum(floor, activation_top * np.abs(matrix).sum(axis=1) / 2.0**30)
+    if bias is not None:
+        floor = np.maximum(floor, np.abs(np.asarray(bias, np.float64)) / (input_scale * 2.0**29))
+    return floor
+
+
+def _on_grid(
+    wanted: FloatArray, input_scale: np.float32, output_scale: np.float32 | None
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+    """The scales nearest to `wanted` whose multiplier is exactly b/2^16, and b; free scales where no rescale follows."""
+    if output_scale is None:
+        return wanted.astype(np.float32), np.zeros(wanted.shape, np.int64)
+    raw = wanted * float(input_scale) / float(output_scale) * 2.0**SHIFT
+    b = np.clip(np.rint(raw), _LEAST_B, _LARGEST_B).astype(np.int64)
+    start = b.copy()
+    scale = exact_weight_scale(b, input_scale, output_scale)
+    # About one b in six has no float32 that reaches it (runs of 80 neighbours were seen): the nearest b that has one is
+    # taken, upwards first (where b is small a wider scale is harmless: the channel moves the output by part of a step).
+    for offset in (sign * distance for distance in range(1, 256) for sign in (1, -1)):
+        missing = np.isnan(scale)
+        if not missing.any():
+            break
+        trial = np.clip(start[missing] + offset, _LEAST_B, _LARGEST_B)
+        found = exact_weight_scale(trial, input_scale, output_scale)
+        b[missing] = np.where(np.isnan(found), b[missing], trial)
+        scale[missing] = found
+    if np.isnan(scale).any():
+        channel = int(np.flatnonzero(np.isnan(scale))[0])
+        raise ValueError(f"channel {channel}: no float32 weight scale makes {input_scale} * Sw / {output_scale} dyadic")
+    return scale, b

@@ -1,0 +1,128 @@
+"""Activation scales that make every rescale exact: tie-free ratios at each Add, a dyadic ratio at each pool.
+
+An Add wants Sa/Sc = pa/q and Sb/Sc = pb/q with one odd q: the sum (a*pa + b*pb)/q is then never halfway between integers, and
+every machine rounds it alike. Scales are solved from the last Add back to the first; each operand takes the p nearest to its
+calibrated scale. Where Adds meet again in a cycle that no q closes, the whole component shares one scale. A pool's result
+follows its source: fl(Sx / fl(Sy * area)) = b / 2^16. A linear node asks nothing: its weights' scales give way.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from qcompile.plan import AddSite, Plan, PoolSite, ScaleClass
+from qcompile.qparams import SHIFT, ActivationType, activation_params
+
+_ODD = 255
+_LARGEST_ODD = 1023
+_ENOUGH = 64  # p at or above this: the scale is at most 0.8 % from the calibrated one
+_LARGEST_RATIO = 15  # p/q below 16 keeps the dyadic shadow b = round(2^20 p/q) below 2^24
+
+
+def solve(plan: Plan, kind: ActivationType) -> None:
+    """Set scale and zero_point of every class of `plan`, in place."""
+    shared: list[set[ScaleClass]] = []
+    while True:
+        scales = _try(plan, kind, shared)
+        if isinstance(scales, dict):
+            break
+        shared.append(_component(plan.adds, scales))
+    for place in plan.classes:
+        place.scale = scales[place]
+        place.zero_point = _zero_point(place, kind)
+    for pool in plan.pools:  # in graph order: a pool may feed another
+        pool.result.scale = _pool_scale(pool, kind)
+        pool.result.zero_point = _zero_point(pool.result, kind)
+
+
+def _try(plan: Plan, kind: ActivationType, shared: Sequence[set[ScaleClass]]) -> dict[ScaleClass, np.float32] | AddSite:
+    """All scales, or the Add whose ratios no odd q gives."""
+    scales: dict[ScaleClass, np.float32] = {}
+    for group in shared:
+        one = np.float32(max(float(_desired(c, kind)) for c in group))
+        scales.update(dict.fromkeys(group, one))
+    for add in reversed(plan.adds):
+        result = scales.setdefault(add.result, _desired(add.result, kind))
+        operands = list(dict.fromkeys((add.left, add.right)))
+        known = [float(scales[o]) / float(result) for o in operands if o in scales]
+        free = [o for o in operands if o not in scales]
+        wanted = [float(_desired(o, kind)) / float(result) for o in free]
+        if any(r > _LARGEST_RATIO for r in wanted):
+            # An operand 15 times coarser than the sum: the sum's range was clipped away; widen it by sharing.
+            return add
+        q = _common_odd(known, wanted)
+        if q is None:
+            return add
+        for operand, ratio in zip(free, wanted, strict=True):
+            p = max(1, math.floor(ratio * q) if operand.ceiling is not None else round(ratio * q))
+            scales[operand] = np.float32(float(result) * p / q)
+    for place in plan.classes:
+        scales.setdefault(place, _desired(place, kind))
+    return scales
+
+
+def _common_odd(known: Sequence[float], wanted: Sequence[float]) -> int | None:
+    """An odd q <= 1023 that all `known` ratios are multiples of 1/q for, fine enough for the `wanted` ones."""
+    least = min(wanted, default=1.0)
+    start = _ODD if least * _ODD >= _ENOUGH else _LARGEST_ODD
+    if not known:
+        return start
+    odds = np.arange(1, _LARGEST_ODD + 1, 2, dtype=np.int64)
+    ratio = np.asarray(known)[:, None] * odds
+    error = np.abs(ratio - np.rint(ratio))
+    # Float32 scales carry half an ulp each: 2 ulp of the ratio in all.
+    fits = np.flatnonzero(((error <= 2 * 2.0**-24 * ratio) & (np.rint(ratio) >= 1)).all(axis=0))
+    if fits.size == 0 or max(known) > _LARGEST_RATIO:
+        return None
+    good = [int(odds[i]) for i in fits if not wanted or least * odds[i] >= _ENOUGH]
+    return good[0] if good else int(odds[fits[-1]])
+
+
+def _component(adds: Sequence[AddSite], start: AddSite) -> set[ScaleClass]:
+    """All classes tied to `start` through Adds."""
+    found = {start.left, start.right, start.result}
+    while True:
+        more = {c for a in adds if {a.left, a.right, a.result} & found for c in (a.left, a.right, a.result)}
+        if more <= found:
+            return found
+        found |= more
+
+
+def _desired(place: ScaleClass, kind: ActivationType) -> np.float32:
+    scale, zero_point = activation_params(place.low, place.high, kind)
+    if place.ceiling is not None and math.isfinite(place.ceiling):
+        # A folded Clip holds only while the largest integer stays within half a step of its bound.
+        scale = np.float32(min(float(scale), place.ceiling / (kind.high - 0.5 - zero_point)))
+    return scale
+
+
+def _zero_point(place: ScaleClass, kind: ActivationType) -> int:
+    if kind.symmetric:
+        return 0
+    low = min(place.low, 0.0)
+    return int(np.clip(np.rint(kind.low - low / float(place.scale)), kind.low, kind.high))
+
+
+def _pool_scale(pool: PoolSite, kind: ActivationType) -> np.float32:
+    """Sy nearest to the calibrated one with fl(Sx / fl(Sy * area)) exactly b / 2^16."""
+    source, area = pool.source.scale, np.float32(pool.area)
+    wanted = float(_desired(pool.result, kind))
+    nearest = max(1, round(float(source) / (wanted * pool.area) * 2.0**SHIFT))
+    offsets = [0]
+    for distance in range(1, nearest + 256):
+        offsets += [-distance, distance]
+    for offset in offsets:
+        b = nearest + offset
+        if b < 1:
+            continue
+        target = np.float32(b / 2.0**SHIFT)
+        middle = np.float32(float(source) * 2.0**SHIFT / (b * pool.area))
+        for candidate in (middle, np.nextafter(middle, np.float32(np.inf)), np.nextafter(middle, np.float32(0))):
+            if source / (candidate * area) == target:
+                return np.float32(candidate)
+    raise ValueError(
+        f"pool '{pool.node.label}': no float32 output scale is dyadic for input scale {source} over {area} positions"
+    )
