@@ -10,9 +10,12 @@ from qcompile.passes.fold_bn import FoldBatchNorm
 from qcompile.passes.fold_constants import FoldConstants
 from qcompile.passes.fuse_linear import FuseLinear
 from qcompile.passes.integer_bias import IntegerBias
+from qcompile.passes.linear_form import LinearForm
 from qcompile.passes.quantise import Quantise
 from qcompile.passes.round_weights import RoundWeights
+from qcompile.passes.search_ranges import SearchRanges
 from qcompile.passes.simplify_shapes import SimplifyShapes
+from qcompile.passes.sink_reshapes import SinkReshapes
 
 from qcompile.rewrite import Pass
 
@@ -22,8 +25,11 @@ PASSES: tuple[Pass, ...] = (
     Eliminate(),
     FuseLinear(),
     FoldBatchNorm(),
+    LinearForm(),
+    SinkReshapes(),
     Calibrate(),
     Quantise(),
+    SearchRanges(),
     DyadicScales(),
     RoundWeights(),
     IntegerBias(),

@@ -1,4 +1,4 @@
-"""Write a vector of symbolic sizes as nodes: a constant where one size at most is not a number, else Concat of Shape(x, start, end)."""
+"""Write a vector of symbolic sizes: a constant where one size at most is not a number, else Concat of Shape(x, start, end)."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from qcompile.passes.quantise import scale_sources
 from qcompile.context import Context
 from qcompile.graph import Graph, Value
 from qcompile.placement import place
-from qcompile.ranges import observe
+from qcompile.ranges import Observer, observe
 from qcompile.rewrite import Exact, Promise, Report
 from qcompile.sessions import graph_session
 
@@ -37,5 +37,6 @@ class Calibrate:
         session = graph_session(watched, label="calibration")
         progress = context.progress
         tick = None if progress is None else lambda: progress("calibrating")
-        context.observers, context.calibrated = observe(session, names, context.calibration(), tick)
+        context.observers = {name: Observer(keep=context.settings.ranges == "percentile") for name in names}
+        context.calibrated = observe(session, context.observers, context.calibration(), tick)
         return Report()

@@ -67,9 +67,8 @@ def scale_and_shift(node: Node) -> tuple[Array, Array] | str:
     gamma, beta, mean, var = arrays
     spread = var + float(node.attr("epsilon", 1e-5))
     if not np.all(spread > 0):
-        raise ModelError(
-            f"node '{node.label}': variance + epsilon is not positive in {node.inputs[4].name}; export the model again"
-        )
+        variance = node.inputs[4].name
+        raise ModelError(f"node '{node.label}': variance + epsilon is not positive in '{variance}'; export the model again")
     scale = gamma / np.sqrt(spread)
     return scale, beta - mean * scale
 

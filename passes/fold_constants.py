@@ -31,6 +31,7 @@ from qcompile.runtime import Optimisation, Session
 _RANDOM = ("RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli")
 _QUANTISATION = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear")
 _GROWING = ("ConstantOfShape", "Expand", "Tile", "Range", "OneHot", "Resize", "Upsample", "Pad", "EyeLike", "CenterCropPad")
+_NO_TENSOR = ("SequenceEmpty", "SequenceConstruct", "SplitToSequence", "Optional")
 _PACKED = frozenset({TensorProto.INT4, TensorProto.UINT4, TensorProto.FLOAT4E2M1})
 _CONST_ATTRIBUTES = {"value_float": np.float32, "value_floats": np.float32, "value_int": np.int64, "value_ints": np.int64}
 _EMBEDDED = 1024  # bytes: constants up to this size are initializers of the evaluated model, larger ones are fed
@@ -92,6 +93,8 @@ class FoldConstants:
             return "quantisation operator"
         if node.bodies:
             return "has a body"
+        if node.op in _NO_TENSOR or any(o.type is not None and not o.type.HasField("tensor_type") for o in node.outputs):
+            return "result is not a tensor"
         if node.op == "Cast" and node.inputs[0].elem_type in _PACKED:
             return "cast of 4-bit weights"
         sources = sum(t.nbytes if isinstance(t, Const) else (_nbytes(t) or 0) for t in node.inputs)
@@ -106,7 +109,7 @@ class FoldConstants:
 
 def _kept(graph: Graph, node: Node) -> bool:
     """Whether `node` is the Identity that gives a constant the name of a graph output."""
-    return is_op(node, "Identity") and graph.is_pinned(node.outputs[0])
+    return is_op(node, "Identity") and graph.is_output(node.outputs[0])
 
 
 def _nbytes(tensor: Tensor) -> int | None:
@@ -127,17 +130,30 @@ def _inline_constant(graph: Graph, node: Node) -> int:
     else:
         words = [proto.s] if name == "value_string" else list(proto.strings)
         value = helper.make_tensor("", TensorProto.STRING, [] if name == "value_string" else [len(words)], words)
-    output = node.outputs[0]
-    if isinstance(value, SparseTensorProto):
-        const_name = graph.fresh_name(output.name)
-        own = SparseTensorProto()
-        own.CopyFrom(value)
-        own.values.name = const_name
-        graph.constants[const_name] = const = Const(const_name, own)
-    else:
-        const = graph.constant(output.name, value)
-    graph.bypass(node, const)
+    _place(graph, node.outputs[0], value)
     return 1
+
+
+def _place(graph: Graph, value: Value, proto: TensorProto | SparseTensorProto) -> None:
+    """Let a constant take the place and the name of `value`; a graph output becomes an Identity of it instead."""
+    producer = value.inputs[0]
+    index = next(i for i, o in enumerate(producer.outputs) if o is value)
+    producer.outputs[index] = Value(graph.fresh_name(value.name))
+    name = graph.fresh_name(value.name) if graph.is_output(value) else value.name
+    own = type(proto)()
+    own.CopyFrom(proto)
+    if isinstance(own, SparseTensorProto):
+        own.values.name = name
+    else:
+        own.name = name
+    const = graph.constants[name] = Const(name, own)
+    graph.replace_uses(value, const)
+    if graph.is_output(value):
+        graph.nodes.append(Node("Identity", graph.fresh_name(value.name + "_identity"), [const], [value]))
+        return
+    for node in graph.nodes:  # bodies see the constant under the name they know
+        if any(c is value for c in node.captured):
+            node.captured = [const if c is value else c for c in node.captured]
 
 
 def _fold_known_shapes(graph: Graph) -> int:
@@ -145,14 +161,14 @@ def _fold_known_shapes(graph: Graph) -> int:
     for node in list(graph.nodes):
         output = node.outputs[0] if len(node.outputs) == 1 else None
         values = shapes.values(output)
-        if output is None or values is None or not all(v.static for v in values) or not output.consumers:
+        if output is None or values is None or not all(v.static for v in values):
             continue
         rank = shapes.dims(output)
-        if rank is None or graph.is_pinned(output):
+        if rank is None or graph.is_output(output):
             continue
         dtype = helper.tensor_dtype_to_np_dtype(output.elem_type)
-        const = graph.constant(output.name, np.array([v.factor for v in values], dtype).reshape(() if not rank else -1))
-        graph.replace_uses(output, const)
+        array = np.array([v.factor for v in values], dtype).reshape(() if not rank else -1)
+        _place(graph, output, numpy_helper.from_array(array))
         count += 1
     graph.cleanup()
     return count
@@ -168,23 +184,10 @@ def _evaluate(graph: Graph, batch: list[Node], report: Report) -> int:
             return 0
         ready = [n for n in batch if all(isinstance(t, Const) or t.name == "" for t in n.inputs)]
         return sum(_evaluate(graph, [n], report) for n in ready)
-    inside = set(batch)
     for value, array in results.items():
-        const = graph.constant(value.name, numpy_helper.from_array(array))
-        if graph.is_pinned(value):
-            graph.bypass(value.inputs[0], const) if len(value.inputs[0].outputs) == 1 else _rename(graph, value, const)
-        else:
-            graph.replace_uses(value, const, only=lambda n: n not in inside)
+        _place(graph, value, numpy_helper.from_array(array))
     graph.cleanup()
     return len(batch)
-
-
-def _rename(graph: Graph, value: Value, const: Const) -> None:
-    """Give a pinned output of a node with several outputs to an Identity of its constant."""
-    producer = value.inputs[0]
-    index = next(i for i, o in enumerate(producer.outputs) if o is value)
-    producer.outputs[index] = Value(graph.fresh_name(value.name))
-    graph.nodes.append(Node("Identity", graph.fresh_name(value.name + "_identity"), [const], [value]))
 
 
 def _run(graph: Graph, batch: list[Node]) -> dict[Value, Array]:

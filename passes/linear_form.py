@@ -1,7 +1,7 @@
 """One form for every matrix product with constant weights: Gemm(x [M, K], W, b) with alpha = beta = 1, which quantises to QGemm.
 
-1. MatMul(x, W) + b, W of rank 2: Gemm for x of rank 2, Reshape(x, [-1, K]) -> Gemm -> Reshape for higher ranks. The target of the
-   last Reshape is a constant where one leading dimension at most is dynamic, else Concat(Shape(...), N), one for all equal shapes.
+1. MatMul(x, W) + b, W of rank 2: Gemm for x of rank 2, Reshape(x, [-1, K]) -> Gemm -> Reshape for higher ranks. The last target
+   is a constant where one leading dimension at most is dynamic, else Concat(Shape(...), N), one for all equal shapes.
 2. Gemm(alpha, beta) -> Gemm with both in the constants; its bias becomes [N].
 3. AveragePool over the whole of a static extent without padding, ReduceMean over the spatial axes -> GlobalAveragePool.
 4. A 1x1 Conv on [N, C, 1, 1] that ends the model (only Flatten, Reshape, Squeeze, Softmax ... behind it) -> Flatten -> Gemm
@@ -165,7 +165,7 @@ class _Forms:
         follower = single_consumer(self.graph, output)
         pair = (dims[0], Dim(linear.channels))
         direct = is_op(follower, "Flatten", "Reshape", "Squeeze") and follower is not None
-        inputs = [flat, matrix] if bias is None else [flat, matrix, bias]
+        inputs: list[Tensor] = [flat, matrix] if bias is None else [flat, matrix, bias]
         if direct and follower is not None and self.shapes.dims(follower.outputs[0]) == pair:
             output = follower.outputs[0]
             self.graph.remove(follower)

@@ -136,7 +136,7 @@ class _Inserter:
     def _range(self, place_: ScaleClass, members: list[Tensor]) -> None:
         context, kind = self.context, self.context.activations
         observers = [context.observers[t.name] for t in members if t.name in context.observers]
-        place_.low, place_.high = choose_range(observers, context.settings.ranges, kind)
+        place_.low, place_.high = choose_range(observers, context.settings.ranges)
         sources = [t for t in members if t.name in context.observers]
         if sources and all(t in self.bounds for t in sources):
             place_.floor = min(self.bounds[t][0] for t in sources)

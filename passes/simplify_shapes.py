@@ -58,8 +58,9 @@ class SimplifyShapes:
                 if pieces is None or all(isinstance(p, int) for p in pieces):
                     continue
                 if values not in made:
-                    cost = (graph.opset() or 0) < 15
-                    if len(pieces) * (1 + cost) + (len(pieces) > 1) >= _chain_length(tensor):
+                    runs = sum(isinstance(p, tuple) for p in pieces)
+                    each = 1 if (graph.opset() or 0) >= 15 else 2
+                    if runs * each + (len(pieces) > 1) >= _chain_length(tensor):
                         continue
                     vector = shape_vector(graph, shapes, values, tensor.name)
                     if vector is None:

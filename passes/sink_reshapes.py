@@ -1,11 +1,12 @@
 """A Reshape [M, N] -> [..., N] moves down behind whatever works on rows, until it meets the Reshape that undoes it.
 
-1. f(Reshape(y)) -> Reshape(f(y)) for elementwise f, also with constants that are scalars or [N], for LayerNormalization and Softmax
-   along the last axis, and for Add, Sub, Mul, Div ... of two tensors of that same shape (the other one is flattened if it must be).
+1. f(Reshape(y)) -> Reshape(f(y)) for elementwise f, also with constants that are scalars or [N], for LayerNormalization and
+   Softmax along the last axis, and for Add, Sub, Mul, Div ... of two tensors of that same shape (the other one is flattened if it
+   must be).
 2. Reshape(Reshape(y), t) -> Reshape(y, t'), or y where that is its shape again.
 
-So the stream of tokens of a transformer stays [M, N] between the splits into heads. It must not fire where the last dimension is not
-kept, where a constant or the other operand broadcasts over the leading dimensions, or where shapes are not known to be equal.
+So the stream of tokens of a transformer stays [M, N] between the splits into heads. It must not fire where the last dimension is
+not kept, where a constant or the other operand broadcasts over the leading dimensions, or where shapes are not known to be equal.
 """
 
 from __future__ import annotations

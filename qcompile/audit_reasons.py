@@ -92,6 +92,13 @@ def _gemm_reasons(wiring: Wiring, node: Node, written_as: str) -> Iterator[str]:
         factor = node.attribute(name)
         if factor is not None and factor.f != 1:
             yield f"Gemm with {name} = {factor.f:g}: only 1 fuses"
+    for before in map(wiring.producer, node.inputs[:2]):
+        if (
+            before is not None
+            and before.op == "DequantizeLinear"
+            and (len(before.inputs) < 3 or not before.inputs[2])
+        ):
+            yield f"DequantizeLinear {before.label} has no zero_point: Gemm fuses only with one given"
     if written_as == "MatMul" and not _read_by_quantize(wiring, node):
         yield "MatMul + Add on static shapes became a float Gemm: write Reshape + Gemm with an int32 bias + Reshape"
 

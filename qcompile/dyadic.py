@@ -94,7 +94,8 @@ def round_shift(value: Array, shift: Any) -> Int64:
     The value is doubled first so that `shift == 0` needs no case of its own: 2|value| + 2^shift < 2^63.
     """
     shift = np.asarray(shift, np.int64)
-    doubled = np.asarray(np.left_shift(value, np.ones_like(shift)))  # of the broadcast shape, and its own memory
+    # its own memory, of the shape that value and shift broadcast to
+    doubled = np.asarray(np.left_shift(value, np.ones_like(shift)))
     odd = np.right_shift(doubled, shift + 1) & 1
     doubled += np.left_shift(np.int64(1), shift) - 1
     doubled += odd

@@ -76,7 +76,7 @@ def read_model(model: ModelProto, directory: Path, share: bool = False, constant
     for info in proto.input:
         if info.name in graph.constants:
             continue  # IR 3 lists initializers as inputs
-        value = Value(info.name, info.type)
+        value = Value(info.name, info.type if info.HasField("type") else None)
         value.info = info
         declare(value)
         graph.inputs.append(value)
@@ -89,7 +89,7 @@ def read_model(model: ModelProto, directory: Path, share: bool = False, constant
             value = Value(name)
             if name in infos:
                 value.info = infos[name]
-                value.type = infos[name].type
+                value.type = infos[name].type if infos[name].HasField("type") else None
             tensors[name] = value
         return tensors[name]
 
@@ -116,7 +116,7 @@ def read_model(model: ModelProto, directory: Path, share: bool = False, constant
     graph.outputs = [tensor(o.name) for o in proto.output]
     for value, info in zip(graph.outputs, proto.output, strict=True):
         value.info = info
-        if isinstance(value, Value) and value.type is None:
+        if isinstance(value, Value) and value.type is None and info.HasField("type"):
             value.type = info.type
     missing = next((n for n in tensors if n not in written), None)
     if missing is not None:

@@ -90,7 +90,9 @@ class Interpreter:
                     if step.name in str(error):
                         raise
                     raise type(error)(f"node {step.name} ({step.op}): {error}") from error
-                values.update((n, v) for n, v in zip(step.outputs, results, strict=False) if n)
+                # numpy makes scalars of 0-d results; they must stay arrays of their type
+                kept = (v if isinstance(v, Quantised | Pending) else np.asarray(v) for v in results)
+                values.update((n, v) for n, v in zip(step.outputs, kept, strict=False) if n)
                 for name in step.inputs:
                     uses[name] -= 1
                     if uses[name] == 0 and name not in self._constants:

@@ -32,7 +32,8 @@ def lower_opset(graph: Graph, version: int) -> None:
     work = [(node, _plan(graph, node, now, version)) for node in graph.nodes]
     for node, plan in work:
         if plan is not None:
-            node.inputs[:] = plan[0]
+            node.inputs.clear()
+            node.inputs.extend(plan[0])
             node.attrs.clear()
             node.attrs.update(plan[1])
     for entry in graph.shell.opset_import:

@@ -80,3 +80,4 @@ class Plan:
     adds: list[AddSite] = field(default_factory=list)
     pools: list[PoolSite] = field(default_factory=list)
     clamps: list[ClampSite] = field(default_factory=list)
+    searched: bool = False

@@ -81,11 +81,11 @@ def test_edges_of_the_domain(m: float, exact: bool) -> None:
 @pytest.mark.parametrize("m", [0.0, -1.0, math.inf, math.nan, 2.0**62], ids=str)
 def test_multipliers_without_a_decomposition_are_refused(m: float) -> None:
     with pytest.raises(ModelError, match="check the scales"):
-        as_dyadic(np.float32([0.5, m]))
+        as_dyadic(np.array([0.5, m], np.float32))
 
 
 def test_shapes_are_kept() -> None:
-    m = np.float32([[0.5, 0.75], [3.0, 1.0]])
+    m = np.array([[0.5, 0.75], [3.0, 1.0]], np.float32)
     b, c = as_dyadic(m)
     assert b.tolist() == [[1, 3], [3, 1]]
     assert c.tolist() == [[1, 2], [0, 0]]
@@ -273,8 +273,10 @@ def test_onnxruntime_rescales_alike(op: str, kind: str, b: int, c: int) -> None:
     multiplier = np.float32(b / 2**c)
     found_b, found_c = as_dyadic(linear_multiplier(np.float32(0.5), multiplier, np.float32(0.5)))
     for zero in (np.iinfo(kind).min, 3, np.iinfo(kind).max):
-        x, half, stored = np.full((1, 1), zero, kind), np.asarray(np.float32(0.5)), np.asarray(zero, kind)
-        w, bias = np.zeros((acc.size, 1), np.int8), acc.astype(np.int32)
+        x: Array = np.full((1, 1), zero, kind)
+        half, stored = np.asarray(np.float32(0.5)), np.asarray(zero, kind)
+        w: Array = np.zeros((acc.size, 1), np.int8)
+        bias = acc.astype(np.int32)
         out_type = helper.np_dtype_to_tensor_dtype(np.dtype(kind))
         ends = {"ws": np.asarray(multiplier), "wz": np.asarray(np.int8(0))}
         out = {"ys": half, "yz": stored}

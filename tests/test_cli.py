@@ -1,0 +1,457 @@
+"""The command line: what reaches the program, what is printed where, and every exit status."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper, parser
+
+import qcompile
+from qcompile.cli import cli
+from qcompile.command_group import run
+from qcompile.errors import DataError, LimitError, ModelError, PassError
+
+MODELS = Path(__file__).resolve().parents[1] / "models"
+CNN = str(MODELS / "digits_cnn.onnx")
+DIGITS = str(MODELS / "digits.npz")
+
+REPORT: dict[str, Any] = {
+    "passes": [{"name": "fold_bn", "rewrites": 5, "skipped": {"weight is shared": 2}, "seconds": 0.1, "sqnr_db": None}],
+    "accuracy": {
+        "samples": 500,
+        "sqnr_db": 33.25,
+        "cosine": 0.9998,
+        "top1_agreement": 0.994,
+        "metric": "top1",
+        "float": 0.998,
+        "quantised": 0.996,
+        "drop_points": 0.2,
+    },
+    "latency_ms": {"float": 2.0, "quantised": 1.0, "speedup": 2.0, "threads": 1},
+    "size_bytes": {"float": 95032, "quantised": 31000, "ratio": 0.326},
+    "nodes": {"quantised": 8, "float": 1, "float_ops": {"Softmax": 1}},
+    "warnings": ["accuracy was measured on synthetic inputs"],
+}
+
+
+class FakePipeline:
+    """Stands in for `qcompile.pipeline`; remembers how it was called, raises what it is told to."""
+
+    def __init__(self) -> None:
+        self.call: dict[str, Any] = {}
+        self.error: BaseException | None = None
+
+    def compile_model(self, model: Path, output: Path | None = None, **options: Any) -> SimpleNamespace:
+        self.call = {"model": model, "output": output, **options}
+        options["progress"]("calibrate", 0, 10)
+        if self.error is not None:
+            raise self.error
+        return SimpleNamespace(path=Path("digits.int8.onnx"), report=REPORT)
+
+
+@pytest.fixture
+def pipeline(monkeypatch: pytest.MonkeyPatch) -> FakePipeline:
+    fake = FakePipeline()
+    module = ModuleType("qcompile.pipeline")
+    module.__dict__["compile_model"] = fake.compile_model
+    monkeypatch.setitem(sys.modules, "qcompile.pipeline", module)
+    return fake
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Runs one command line in this process; gives (exit status, stdout, stderr)."""
+
+    def call(*args: object) -> tuple[int, str, str]:
+        status = run(cli, [str(a) for a in args])
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return call
+
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+def is_one_error(err: str) -> bool:
+    return err.startswith("qcompile: error: ") and err.endswith("\n") and err.count("\n") == 1
+
+
+# --- compile ---------------------------------------------------------------------------------------------------
+
+
+def test_defaults_reach_the_pipeline(command: Command, pipeline: FakePipeline) -> None:
+    status, out, err = command("m.onnx")
+    assert (status, err) == (0, "")
+    progress = pipeline.call.pop("progress")
+    assert callable(progress)
+    assert pipeline.call == {
+        "model": Path("m.onnx"),
+        "output": None,
+        "bits": 8,
+        "format": "qdq",
+        "target": "any",
+        "data": None,
+        "samples": None,
+        "eval_data": None,
+        "max_drop": None,
+        "ranges": "mse",
+        "effort": "default",
+        "exclude": (),
+        "opset": None,
+        "inputs_as": "float32",
+        "preprocess": None,
+        "bias_correction": True,
+        "seed": 0,
+        "dump_passes": None,
+        "latency": True,
+    }
+    assert "fold_bn" in out
+    assert "2 x weight is shared" in out
+    assert "33.25 dB" in out
+    assert "warning: accuracy was measured on synthetic inputs" in out
+    assert "wrote digits.int8.onnx" in out
+
+
+def test_every_option_reaches_the_pipeline(command: Command, pipeline: FakePipeline, tmp_path: Path) -> None:
+    args = "-o out.onnx --bits 8 --format qoperator --target vnni --data d.npz --samples 7 --preprocess imagenet --eval e.npz "
+    args += "--max-drop 0.5 --effort fast --ranges percentile --exclude head --exclude /b/* --opset 17 --inputs-as uint8 "
+    args += "--no-bias-correction --dump-passes dump --seed 3 --no-latency --quiet"
+    report = tmp_path / "r.json"
+    status, out, err = command("m.onnx", *args.split(), "--report", report)
+    assert (status, out, err) == (0, "", "")
+    del pipeline.call["progress"]
+    assert pipeline.call == {
+        "model": Path("m.onnx"),
+        "output": Path("out.onnx"),
+        "bits": 8,
+        "format": "qoperator",
+        "target": "vnni",
+        "data": "d.npz",
+        "samples": 7,
+        "eval_data": "e.npz",
+        "max_drop": 0.5,
+        "ranges": "percentile",
+        "effort": "fast",
+        "exclude": ("head", "/b/*"),
+        "opset": 17,
+        "inputs_as": "uint8",
+        "preprocess": "imagenet",
+        "bias_correction": False,
+        "seed": 3,
+        "dump_passes": Path("dump"),
+        "latency": False,
+    }
+    assert json.loads(report.read_text()) == REPORT
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        pytest.param(["--seed", "3", "m.onnx"], id="options before the model"),
+        pytest.param(["--quiet", "m.onnx", "--seed", "3"], id="options on both sides"),
+        pytest.param(["compile", "m.onnx", "--seed", "3"], id="hidden name"),
+    ],
+)
+def test_compile_needs_no_name(args: list[str], command: Command, pipeline: FakePipeline) -> None:
+    assert command(*args)[0] == 0
+    assert pipeline.call["model"] == Path("m.onnx")
+    assert pipeline.call["seed"] == 3
+
+
+def test_a_subcommands_name_wins_over_a_file(command: Command, pipeline: FakePipeline) -> None:
+    status, _, err = command("check")
+    assert status == 2
+    assert "Missing argument 'FLOAT'" in err
+    assert command("./check")[0] == 0
+    assert pipeline.call["model"] == Path("check")  # of the working directory
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        pytest.param([], "no model is given", id="nothing"),
+        pytest.param(["--bits", "4", "m.onnx"], "4 is not implemented in this version; choose 8", id="4 bits"),
+        pytest.param(["m.onnx", "--bits", "mixed"], "mixed is not implemented in this version", id="mixed bits"),
+        pytest.param(["m.onnx", "--bits", "7"], "'--bits'", id="7 bits"),
+        pytest.param(["m.onnx", "--format", "integer"], "integer is not implemented", id="integer format"),
+        pytest.param(["m.onnx", "--effort", "best"], "best is not implemented", id="best effort"),
+        pytest.param(["m.onnx", "--target", "z80"], "'--target'", id="target"),
+        pytest.param(["m.onnx", "--max-drop", "1"], "give them with --eval", id="limit without samples"),
+        pytest.param(["m.onnx", "--eval", "e.npz", "--max-drop", "101"], "'--max-drop'", id="limit out of range"),
+        pytest.param(["m.onnx", "--preprocess", "imagenet"], "--data or --eval", id="preprocess without images"),
+        pytest.param(["m.onnx", "--samples", "0"], "'--samples'", id="no samples"),
+        pytest.param(["m.onnx", "--speed"], "No such option '--speed'", id="unknown option"),
+        pytest.param(["m.onnx", "n.onnx"], "unexpected extra argument", id="two models"),
+        pytest.param(["m.onnx", "--report", "no_such_dir/r.json"], "folder does not exist", id="report nowhere"),
+        pytest.param(["m.onnx", "--report", "m.onnx"], "is the name of a model", id="report over the model"),
+        pytest.param(["a.pb", "--report", "a.pb"], "is the name of a model", id="report over the model, any suffix"),
+        pytest.param(["m.onnx", "--report", "."], "a folder", id="report is a folder"),
+        pytest.param(["check", "a.onnx", "b.onnx"], "Missing option '--eval'", id="check without samples"),
+        pytest.param(["inspect", "m.onnx", "--require-exact"], "goes with --dyadic", id="require-exact alone"),
+        pytest.param(["bench", "a.onnx", "b.onnx", "--preprocess", "x"], "with --data", id="bench without images"),
+        pytest.param(["bench", "a.onnx", "b.onnx", "--threads", "0"], "'--threads'", id="no threads"),
+    ],
+)
+def test_usage_errors(args: list[str], said: str, command: Command, pipeline: FakePipeline) -> None:
+    status, out, err = command(*args)
+    assert (status, out) == (2, "")
+    assert is_one_error(err)
+    assert said in err
+    assert pipeline.call == {}
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [
+        pytest.param(ModelError("m.onnx: is not an ONNX model"), 2, "m.onnx: is not an ONNX model", id="model"),
+        pytest.param(DataError("d.npz: holds\nno samples"), 2, "d.npz: holds no samples", id="data, two lines"),
+        pytest.param(PassError("pass fold_bn broke its promise"), 1, "pass fold_bn broke its promise", id="pass"),
+        pytest.param(RuntimeError("odd"), 1, "internal error: RuntimeError: odd; run again with --traceback", id="fault"),
+    ],
+)
+def test_errors(error: Exception, status: int, said: str, command: Command, pipeline: FakePipeline, tmp_path: Path) -> None:
+    pipeline.error = error
+    report = tmp_path / "r.json"
+    got, out, err = command("m.onnx", "--report", report)
+    assert (got, out) == (status, "")
+    assert is_one_error(err)
+    assert said in err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("error", [RuntimeError("odd"), ModelError("m.onnx: odd")], ids=["fault", "error"])
+def test_traceback_on_request(error: Exception, command: Command, pipeline: FakePipeline) -> None:
+    pipeline.error = error
+    status, _, err = command("m.onnx", "--traceback")
+    assert status == (1 if isinstance(error, RuntimeError) else 2)
+    assert "Traceback" in err
+    assert "compile_model" in err
+    assert err.splitlines()[-1].startswith("qcompile: error: ")
+
+
+def test_broken_limit_still_reports(command: Command, pipeline: FakePipeline, tmp_path: Path) -> None:
+    error = LimitError("drop 3 points, above limit 1; kept as m.int8.failed.onnx")
+    error.__dict__["compiled"] = SimpleNamespace(path=Path("m.int8.failed.onnx"), report=REPORT)
+    pipeline.error = error
+    report = tmp_path / "r.json"
+    status, out, err = command("m.onnx", "--eval", "e.npz", "--max-drop", "1", "--report", report)
+    assert status == 3
+    assert err == "qcompile: error: drop 3 points, above limit 1; kept as m.int8.failed.onnx\n"
+    assert "wrote m.int8.failed.onnx" in out
+    assert json.loads(report.read_text())["passes"][0]["rewrites"] == 5
+
+
+def test_interrupt(command: Command, pipeline: FakePipeline, tmp_path: Path) -> None:
+    pipeline.error = KeyboardInterrupt()
+    status, out, err = command("m.onnx", "--report", tmp_path / "r.json")
+    assert (status, out) == (130, "")
+    assert err.split("\n")[-2] == "qcompile: interrupted"
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- help, version, passes -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("args", [["--help"], ["m.onnx", "--help"]], ids=["alone", "after a model"])
+def test_help_shows_options_and_subcommands(args: list[str], command: Command) -> None:
+    status, out, err = command(*args)
+    assert (status, err) == (0, "")
+    assert out.startswith("Usage: qcompile MODEL [OPTIONS]\n")
+    for text in ("--bits", "--max-drop", "--dump-passes", "check ", "inspect ", "bench ", "passes "):
+        assert text in out
+    assert "compile  " not in out  # the hidden command stays hidden
+
+
+@pytest.mark.parametrize("args", [["--version"], ["--quiet", "--version"]], ids=["alone", "after an option"])
+def test_version(args: list[str], command: Command) -> None:
+    assert command(*args) == (0, f"qcompile {qcompile.__version__}\n", "")
+
+
+def test_passes_are_listed_in_their_order(command: Command) -> None:
+    from qcompile.passes import PASSES
+
+    status, out, _ = command("passes")
+    assert status == 0
+    found = [out.find(f"\n{p.name} ") for p in PASSES]
+    assert -1 not in found
+    assert found == sorted(found)
+    assert "the same, bit for bit" in out
+
+
+# --- check, bench, inspect on real models ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The digits model with the weights of its last layer set to zero: it always gives the same class."""
+    model = onnx.load(CNN)
+    name = next(n for n in model.graph.node if n.op_type == "Gemm").input[1]
+    weight = next(t for t in model.graph.initializer if t.name == name)
+    weight.CopyFrom(numpy_helper.from_array(np.zeros(tuple(weight.dims), np.float32), name))
+    path = tmp_path_factory.mktemp("models") / "broken.onnx"
+    onnx.save(model, path)
+    return path
+
+
+def test_check_of_a_model_with_itself(command: Command, tmp_path: Path) -> None:
+    report = tmp_path / "r.json"
+    status, out, err = command("check", CNN, CNN, "--eval", DIGITS, "--max-drop", 0, "--report", report, "--no-latency")
+    assert (status, err) == (0, "")
+    assert "limit: pass: outputs are bit-identical" in out
+    written = json.loads(report.read_text())
+    assert written["accuracy"]["samples"] == 500
+    assert written["accuracy"]["float"] == 0.998  # models/README.md: 499 of 500
+    assert written["accuracy"]["sqnr_db"] is None
+    assert written["latency_ms"] is None
+    assert written["size_bytes"] == {"float": 95032, "quantised": 95032, "ratio": 1.0}
+    assert written["verdict"]["outcome"] == "pass"
+
+
+def test_check_fails_a_broken_model(command: Command, broken: Path, tmp_path: Path) -> None:
+    report = tmp_path / "r.json"
+    status, out, err = command("check", CNN, broken, "--eval", DIGITS, "--max-drop", 1, "--report", report, "--no-latency")
+    assert status == 3
+    assert is_one_error(err)
+    assert "above limit 1" in err
+    assert "limit: fail" in out
+    assert json.loads(report.read_text())["verdict"]["outcome"] == "fail"
+
+
+def test_check_without_a_limit_never_fails(command: Command, broken: Path) -> None:
+    status, out, _ = command("check", CNN, broken, "--eval", DIGITS, "--samples", 50, "--no-latency")
+    assert status == 0
+    assert "over 50 samples" in out
+    assert "limit:" not in out
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        pytest.param([CNN, "nowhere.onnx", "--eval", DIGITS], "nowhere.onnx: cannot be read", id="no such model"),
+        pytest.param([CNN, DIGITS, "--eval", DIGITS], "is not an ONNX model", id="not a model"),
+        pytest.param([CNN, CNN, "--eval", "nowhere.npz"], "no such file", id="no such data"),
+        pytest.param(
+            [CNN, CNN, "--eval", str(MODELS / "digits_calib.npz"), "--max-drop", "1"], "holds no labels", id="limit, no labels"
+        ),
+    ],
+)
+def test_check_errors(args: list[str], said: str, command: Command) -> None:
+    status, out, err = command("check", *args)
+    assert (status, out) == (2, "")
+    assert is_one_error(err)
+    assert said in err
+
+
+def test_bench(command: Command) -> None:
+    status, out, err = command("bench", CNN, CNN, "--rounds", 1, "--data", DIGITS)
+    assert (status, err) == (0, "")
+    assert "latency" in out
+    assert "x as fast" in out
+    assert "95.0 kB" in out
+
+
+TEXT = """
+<ir_version: 9, opset_import: ["" : 17]>
+g (float[1, 2] x) => (float[1, 2] y)
+<float sx = {0.5}, float sw = {SW}, float sy = {1.0}, uint8 zero = {0}, int8 w0 = {0}, int8[2, 2] w = {1, 2, 3, 4}>
+{
+  xq = QuantizeLinear (x, sx, zero)
+  xd = DequantizeLinear (xq, sx, zero)
+  wd = DequantizeLinear (w, sw, w0)
+  m = MatMul (xd, wd)
+  mq = QuantizeLinear (m, sy, zero)
+  y = DequantizeLinear (mq, sy, zero)
+}
+"""
+
+
+def quantised(path: Path, weight_scale: str) -> Path:
+    onnx.save(parser.parse_model(TEXT.replace("SW", weight_scale)), path)
+    return path
+
+
+def test_inspect_lists_rescales(command: Command, tmp_path: Path) -> None:
+    model = quantised(tmp_path / "m.onnx", "0.375")  # M = .5 * .375 / 1 = 3 / 2^4
+    status, out, err = command("inspect", model, "--dyadic", "--require-exact")
+    assert (status, err) == (0, "")
+    row = next(line.split() for line in out.splitlines() if "MatMul" in line)
+    assert row[1:] == ["MatMul", "linear", "1", "3", "4", "yes"]
+    assert out.splitlines()[-1] == "1 rescale, all exact"
+
+
+def test_inspect_says_what_is_not_exact(command: Command, tmp_path: Path) -> None:
+    model = quantised(tmp_path / "m.onnx", "0.1")
+    status, out, _ = command("inspect", model, "--dyadic")
+    assert status == 0
+    assert "no: " in out
+    assert out.splitlines()[-1] == "1 rescale, 0 exact, 1 not"
+    status, _, err = command("inspect", model, "--dyadic", "--require-exact")
+    assert status == 3
+    assert "1 of 1 rescales are not exact" in err
+
+
+def test_inspect_of_a_float_model(command: Command) -> None:
+    status, out, _ = command("inspect", CNN, "--dyadic")
+    assert (status, out) == (0, "no rescales\n")
+    status, _, err = command("inspect", CNN, "--dyadic", "--require-exact")
+    assert status == 3
+    assert "holds no rescale" in err
+
+
+def test_inspect_summary(command: Command, tmp_path: Path) -> None:
+    status, out, _ = command("inspect", quantised(tmp_path / "m.onnx", "0.375"))
+    assert status == 0
+    assert out.startswith("formats: qdq\n")
+    assert any(line.split() == ["MatMul", "1"] for line in out.splitlines())
+    assert any(line.split() == ["int8", "5", "B"] for line in out.splitlines())  # the weight and its zero point
+
+
+# --- as a process ------------------------------------------------------------------------------------------------
+
+
+def process(*args: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "qcompile", *args], capture_output=True, text=True, timeout=120, cwd=cwd)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT to send to oneself")
+def test_ctrl_c_leaves_nothing_behind(tmp_path: Path) -> None:
+    data = tmp_path / "data.py"
+    data.write_text(
+        "import os, signal\nimport numpy as np\n\n\ndef samples():\n"
+        "    yield {'input': np.zeros((1, 1, 8, 8), np.float32)}\n"
+        f"    os.kill(os.getpid(), {int(signal.SIGINT)})\n"
+        "    yield {'input': np.zeros((1, 1, 8, 8), np.float32)}\n"
+    )
+    folder = tmp_path / "out"
+    folder.mkdir()
+    done = process("check", CNN, CNN, "--eval", f"{data}:samples", "--report", str(folder / "r.json"))
+    assert done.returncode == 130
+    assert done.stdout == ""
+    assert done.stderr.strip() == "qcompile: interrupted"
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a POSIX pipe")
+def test_a_reader_that_goes_away_is_no_fault() -> None:
+    line = f"set -o pipefail; {sys.executable} -c 'import time; time.sleep(0)'; "
+    line += f"{{ {sys.executable} -m qcompile passes; echo status $? >&2; }} | true"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=120)
+    assert done.stderr.splitlines() in (["status 141"], ["status 0"])  # 0 where the pipe took everything first
+
+
+def test_help_of_the_process() -> None:
+    done = process("--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("Usage: qcompile MODEL")
