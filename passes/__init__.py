@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from qcompile.context import Settings
 from qcompile.passes.calibrate import Calibrate
 from qcompile.passes.correct_bias import CorrectBias
 from qcompile.passes.dyadic_scales import DyadicScales
@@ -27,6 +28,7 @@ PASSES: tuple[Pass, ...] = (
     FoldBatchNorm(),
     LinearForm(),
     SinkReshapes(),
+    Eliminate(),
     Calibrate(),
     Quantise(),
     SearchRanges(),
@@ -35,3 +37,8 @@ PASSES: tuple[Pass, ...] = (
     IntegerBias(),
     CorrectBias(),
 )
+
+
+def passes_for(settings: Settings) -> tuple[Pass, ...]:
+    """The passes that a compilation with `settings` runs, in order."""
+    return PASSES

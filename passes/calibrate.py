@@ -9,14 +9,19 @@ from qcompile.passes.quantise import scale_sources
 from qcompile.context import Context
 from qcompile.graph import Graph, Value
 from qcompile.placement import place
-from qcompile.ranges import Observer, observe
+from qcompile.ranges import Observer, Thinned, observe
 from qcompile.rewrite import Exact, Promise, Report
 from qcompile.sessions import graph_session
+
+_SAMPLE_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
 class Calibrate:
-    """Fills `context.observers` from `context.calibration`; O(1) feeds in memory."""
+    """Fills `context.observers` from `context.calibration`; O(1) feeds in memory.
+
+    `context.samples` becomes an evenly thinned selection of the feeds, for the passes that walk.
+    """
 
     name: str = "calibrate"
     keeps: Promise = Exact()
@@ -38,5 +43,7 @@ class Calibrate:
         progress = context.progress
         tick = None if progress is None else lambda: progress("calibrating")
         context.observers = {name: Observer(keep=context.settings.ranges == "percentile") for name in names}
-        context.calibrated = observe(session, context.observers, context.calibration(), tick)
+        thinned = Thinned(budget_bytes=_SAMPLE_BYTES)
+        context.calibrated = observe(session, context.observers, thinned.passing(context.calibration()), tick)
+        context.samples = thinned.kept
         return Report()

@@ -28,7 +28,7 @@ from qcompile.walk import Stream
 
 Array = npt.NDArray[Any]
 
-FACTORS = (1.0, 0.97, 0.94, 0.9, 0.85, 0.8, 0.74, 0.67, 0.6, 0.5, 0.4)
+FACTORS = (1.0, 0.95, 0.9, 0.82, 0.74, 0.66, 0.55, 0.4)
 _READERS = ("Conv", "Gemm", "Add", "GlobalAveragePool")
 _HOPELESS = 4.0  # clipping that costs this many times the rounding is not followed further
 
@@ -46,7 +46,7 @@ class _Errors:
 class SearchRanges:
     """Narrow the ranges of `context.plan` where the readers' output error falls; at most `samples` feeds are used."""
 
-    samples: int = 128
+    samples: int = 64
     name: str = "search_ranges"
     keeps: Promise = Lossy()
 
@@ -156,7 +156,9 @@ def _best(place: ScaleClass, errors: _Errors) -> tuple[float, float]:
     factors = np.asarray(FACTORS)
     lows, highs = place.low * factors, place.high * factors
     step = (highs[None, :] - lows[:, None]) / (place.high - place.low)
-    import os; L=float(os.environ.get("LAM","1"))
-    total = errors.rounding * step**2 + L*errors.low[:, None] + L*errors.high[None, :]
+    import os
+
+    L = float(os.environ.get("LAM", "1"))
+    total = errors.rounding * step**2 + L * errors.low[:, None] + L * errors.high[None, :]
     i, j = np.unravel_index(int(np.argmin(total)), total.shape)
     return float(lows[i]), float(highs[j])

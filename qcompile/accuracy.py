@@ -108,15 +108,11 @@ class Comparison:
         """
         missing = sorted(set(float_outputs) ^ set(quantised_outputs))
         if missing:
-            raise ModelError(
-                f"output '{missing[0]}' is in one of the two models only; compare models of one origin"
-            )
+            raise ModelError(f"output '{missing[0]}' is in one of the two models only; compare models of one origin")
         for name, f in float_outputs.items():
             self._add_output(name, f, quantised_outputs[name])
         if self._labelled not in (None, label is not None):
-            raise DataError(
-                f"sample {self._feeds}: some samples have labels and some have none; label all or none"
-            )
+            raise DataError(f"sample {self._feeds}: some samples have labels and some have none; label all or none")
         self._labelled = label is not None
         self._add_classes(float_outputs, quantised_outputs, label, feeds)
         self._feeds += 1
@@ -154,9 +150,7 @@ class Comparison:
                 "compare an output before its shape depends on the data"
             )
         if kind != other:
-            raise ModelError(
-                f"output '{name}' is {f.dtype} in float and {q.dtype} quantised; keep the output's type"
-            )
+            raise ModelError(f"output '{name}' is {f.dtype} in float and {q.dtype} quantised; keep the output's type")
         same = f.dtype == q.dtype and np.array_equal(_bytes(f), _bytes(q))
         self._identical = self._identical and same
         if kind == "integer":
@@ -168,9 +162,7 @@ class Comparison:
         if not unequal.all():
             x, y = x[unequal], y[unequal]
         if not np.isfinite(x).all():
-            raise DataError(
-                f"float model: output '{name}' holds NaN or Inf on sample {self._feeds}; check the data"
-            )
+            raise DataError(f"float model: output '{name}' holds NaN or Inf on sample {self._feeds}; check the data")
         if not np.isfinite(y).all():
             raise ModelError(f"quantised model: output '{name}' holds NaN or Inf on sample {self._feeds}")
         with np.errstate(over="ignore"):  # an overflow stays in the sums as Inf, which `result` refuses
@@ -192,15 +184,11 @@ class Comparison:
         name = self._head
         if name is None:
             if label is not None:
-                raise DataError(
-                    "there are labels but no output with classes on its last axis; give --eval data without labels"
-                )
+                raise DataError("there are labels but no output with classes on its last axis; give --eval data without labels")
             return
         if not _holds_classes(float_outputs[name]):
             shape = list(float_outputs[name].shape)
-            raise ModelError(
-                f"output '{name}' holds no classes on sample {self._feeds}: its shape is {shape}"
-            )
+            raise ModelError(f"output '{name}' holds no classes on sample {self._feeds}: its shape is {shape}")
         float_top, quantised_top = _top(float_outputs[name]), _top(quantised_outputs[name])
         self._rows += len(float_top)
         self._agreed += int((float_top == quantised_top).sum())
@@ -219,9 +207,7 @@ class Comparison:
         if self._noise == 0:
             return None
         if self._signal == 0:
-            raise DataError(
-                "the float model gives only zeros on these samples, so SQNR is undefined; give other data"
-            )
+            raise DataError("the float model gives only zeros on these samples, so SQNR is undefined; give other data")
         return 10 * (math.log10(self._signal) - math.log10(self._noise))
 
     def _cosine(self) -> float:
@@ -263,9 +249,7 @@ def _kind(name: str, array: Array) -> str:
         return "float"
     if array.dtype.kind in "iub":
         return "integer"
-    raise ModelError(
-        f"output '{name}' is of type {array.dtype}; only float and integer tensors can be compared"
-    )
+    raise ModelError(f"output '{name}' is of type {array.dtype}; only float and integer tensors can be compared")
 
 
 def _bytes(array: Array) -> Array:
@@ -312,13 +296,9 @@ def _class_count(output: Array) -> int | None:
 def _labels(label: int | Array, rows: int, name: str, classes: int | None, sample: int) -> Array:
     labels = np.asarray(label).reshape(-1)
     if labels.dtype.kind not in "iu":
-        raise DataError(
-            f"sample {sample}: labels are {labels.dtype}, not integer class ids; give --eval data without labels"
-        )
+        raise DataError(f"sample {sample}: labels are {labels.dtype}, not integer class ids; give --eval data without labels")
     if len(labels) != rows:
-        raise DataError(
-            f"sample {sample}: {len(labels)} labels for {rows} rows of output '{name}'; give one for each row"
-        )
+        raise DataError(f"sample {sample}: {len(labels)} labels for {rows} rows of output '{name}'; give one for each row")
     if classes is not None and rows and (labels.min() < 0 or labels.max() >= classes):
         raise DataError(
             f"sample {sample}: labels {labels.min()} to {labels.max()} do not fit the {classes} classes of output '{name}'; "

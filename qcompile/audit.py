@@ -127,9 +127,7 @@ def _read(path: Path) -> onnx.ModelProto:
     try:
         return onnx.load(path, load_external_data=False)
     except Exception as error:  # protobuf's DecodeError and OSError have no nearer common base
-        raise ModelError(
-            f"{path}: cannot be read as an ONNX model: {' '.join(str(error).split())}"
-        ) from error
+        raise ModelError(f"{path}: cannot be read as an ONNX model: {' '.join(str(error).split())}") from error
 
 
 def _is_kernel(node: Node) -> bool:
@@ -137,11 +135,7 @@ def _is_kernel(node: Node) -> bool:
     if node.op == "MatMulNBits":
         level = node.attribute("accuracy_level")
         return level is not None and level.i == _INTEGER_ACCURACY_LEVEL
-    return (
-        node.op in _KERNEL_WEIGHT
-        or node.op.startswith(("QLinear", "QOrdered"))
-        or node.op == "DynamicQuantizeLSTM"
-    )
+    return node.op in _KERNEL_WEIGHT or node.op.startswith(("QLinear", "QOrdered")) or node.op == "DynamicQuantizeLSTM"
 
 
 def _kind(wiring: Wiring, node: Node) -> bool | None:
@@ -186,9 +180,7 @@ class _FileNames:
                 if node.op not in _FLOAT_WEIGHTED:
                     continue
                 found = (wiring, node)
-                self._weighted.update(
-                    dict.fromkeys((k for k in (node.proto.name, *node.outputs) if k), found)
-                )
+                self._weighted.update(dict.fromkeys((k for k in (node.proto.name, *node.outputs) if k), found))
                 root = wiring.root(node.inputs[weight_index(wiring, node)])
                 if root is not None:
                     by_root.setdefault(root.name, []).append(found)
@@ -221,9 +213,7 @@ class _Scope:
         self.not_fused: dict[Node, Left] = {}
         for node in wiring.nodes:
             # A MatMulNBits made of a MatMul between Q/DQ has dropped the file's quantised input for a rounding of its own.
-            if node.op in _FLOAT_WEIGHTED and not (
-                _is_kernel(node) and not self._from_dequantize(node.inputs[0])
-            ):
+            if node.op in _FLOAT_WEIGHTED and not (_is_kernel(node) and not self._from_dequantize(node.inputs[0])):
                 left = self._judge(node, names)
                 if left is not None:
                     self.not_fused[node] = left
@@ -301,12 +291,7 @@ class _Scope:
 
     def _neighbours(self, node: Node) -> list[Node]:
         made = [self.wiring.producers.get(name) for name in node.inputs if self.wiring.is_float(name)]
-        read = [
-            r
-            for name in node.outputs
-            if self.wiring.is_float(name)
-            for r in self.wiring.readers.get(name, [])
-        ]
+        read = [r for name in node.outputs if self.wiring.is_float(name) for r in self.wiring.readers.get(name, [])]
         return [n for n in (*made, *read) if n is not None]
 
     def _from_dequantize(self, name: str) -> bool:

@@ -51,9 +51,7 @@ def why_float(wiring: Wiring, node: Node, root: Root | None, written_as: str) ->
 
     `root` is its stored weight (None for a product of two activations), `written_as` its operator in the file.
     """
-    return next(
-        _reasons(wiring, node, root, written_as), f"not known (onnxruntime {ort.__version__} gives no reason)"
-    )
+    return next(_reasons(wiring, node, root, written_as), f"not known (onnxruntime {ort.__version__} gives no reason)")
 
 
 def _reasons(wiring: Wiring, node: Node, root: Root | None, written_as: str) -> Iterator[str]:
@@ -93,11 +91,7 @@ def _gemm_reasons(wiring: Wiring, node: Node, written_as: str) -> Iterator[str]:
         if factor is not None and factor.f != 1:
             yield f"Gemm with {name} = {factor.f:g}: only 1 fuses"
     for before in map(wiring.producer, node.inputs[:2]):
-        if (
-            before is not None
-            and before.op == "DequantizeLinear"
-            and (len(before.inputs) < 3 or not before.inputs[2])
-        ):
+        if before is not None and before.op == "DequantizeLinear" and (len(before.inputs) < 3 or not before.inputs[2]):
             yield f"DequantizeLinear {before.label} has no zero_point: Gemm fuses only with one given"
     if written_as == "MatMul" and not _read_by_quantize(wiring, node):
         yield "MatMul + Add on static shapes became a float Gemm: write Reshape + Gemm with an int32 bias + Reshape"
@@ -149,11 +143,7 @@ def _bias_reasons(wiring: Wiring, node: Node) -> Iterator[str]:
     if before is None or _quantised_type(wiring, before) != TensorProto.INT32:
         yield f"bias {node.inputs[2]} is not a DequantizeLinear of int32"
         return
-    scales = [
-        wiring.value(d.inputs[1])
-        for d in map(wiring.producer, node.inputs[:3])
-        if d is not None and len(d.inputs) > 1
-    ]
+    scales = [wiring.value(d.inputs[1]) for d in map(wiring.producer, node.inputs[:3]) if d is not None and len(d.inputs) > 1]
     data, weight, bias = (*scales, None, None, None)[:3]
     if node.op not in ("Conv", "FusedConv") or data is None or weight is None or bias is None:
         return

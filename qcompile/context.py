@@ -29,6 +29,7 @@ class Settings:
     exclude: tuple[str, ...] = ()
     bias_correction: bool = True
     inputs_as: str = "float32"
+    keep_head: str = "float"
     opset: int | None = None
     seed: int = 0
 
@@ -55,6 +56,7 @@ class Context:
     calibration: Callable[[], Iterable[Feeds]] = tuple
     calibrated: int = 0
     corrected: bool = False
+    synthetic: bool = False
     progress: Callable[[str], None] | None = None
 
     @property

@@ -74,9 +74,7 @@ class Dataset:
             if labelled is None:
                 labelled = sample.label is not None
             elif labelled != (sample.label is not None):
-                raise DataError(
-                    f"{row.origin}: some samples have a label and some have none; label all or none"
-                )
+                raise DataError(f"{row.origin}: some samples have a label and some have none; label all or none")
             yield sample
         if labelled is None:
             raise DataError(f"{self.spec}: it gave no sample; {self._why_empty()}")

@@ -82,9 +82,7 @@ _END = object()
 def _split(item: object, origin: str) -> tuple[Mapping[str, Any], object]:
     feeds, label = item if isinstance(item, (tuple, list)) and len(item) == 2 else (item, None)
     if not isinstance(feeds, Mapping):
-        raise DataError(
-            f"{origin}: is a {type(item).__name__}; yield a dict {{input name: array}}, or a pair of it and a label"
-        )
+        raise DataError(f"{origin}: is a {type(item).__name__}; yield a dict {{input name: array}}, or a pair of it and a label")
     return feeds, label
 
 
@@ -114,9 +112,7 @@ def _load_module(name: str, spec: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
             raise  # the module is there, and one that it imports is not
-        raise DataError(
-            f"{spec}: no module named {error.name!r}; give file.py:function or install it"
-        ) from error
+        raise DataError(f"{spec}: no module named {error.name!r}; give file.py:function or install it") from error
 
 
 def _find(module: ModuleType, function: str, spec: str) -> Callable[[], Any]:
@@ -132,9 +128,7 @@ def _find(module: ModuleType, function: str, spec: str) -> Callable[[], Any]:
         parameters = inspect.signature(found).parameters.values()
     except (ValueError, TypeError):  # some builtins have no signature; a call then tells
         parameters = {}.values()
-    needed = [
-        p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
-    ]
+    needed = [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     if needed:
         raise DataError(f"{spec}: takes the argument {needed[0]!r}; it must be callable without arguments")
     return found  # type: ignore[no-any-return]

@@ -166,9 +166,7 @@ def _header(stream: IO[bytes], where: str) -> _Member:
     else:  # version 3 is for structured arrays with field names beyond latin-1, which no model takes
         raise DataError(f"{where}: .npy version {version} is not read; save it with numpy.savez")
     if dtype.hasobject:
-        raise DataError(
-            f"{where}: holds Python objects, which would have to be unpickled; save plain numbers"
-        )
+        raise DataError(f"{where}: holds Python objects, which would have to be unpickled; save plain numbers")
     return _Member(shape, fortran_order, dtype)
 
 
@@ -181,9 +179,7 @@ def _sample_count(path: Path, members: Mapping[str, _Member]) -> int:
     first, samples = next(iter(counts.items()))
     for name, count in counts.items():
         if count != samples:
-            raise DataError(
-                f"{path}: {first!r} has {samples} samples and {name!r} has {count}; make them equal"
-            )
+            raise DataError(f"{path}: {first!r} has {samples} samples and {name!r} has {count}; make them equal")
     if samples == 0:
         raise DataError(f"{path}: holds no sample (axis 0 is empty); give at least one")
     return samples
@@ -219,13 +215,9 @@ def _reading(path: Path) -> Iterator[None]:
     try:
         yield
     except KeyError as error:
-        raise DataError(
-            f"{path}: holds something that is no .npy array: {error}; write it with numpy.savez"
-        ) from error
+        raise DataError(f"{path}: holds something that is no .npy array: {error}; write it with numpy.savez") from error
     except (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-        raise DataError(
-            f"{path}: cannot be read as .npz: {error}; write it again with numpy.savez"
-        ) from error
+        raise DataError(f"{path}: cannot be read as .npz: {error}; write it again with numpy.savez") from error
 
 
 class OnnxTestSource:
@@ -265,9 +257,7 @@ def find_test_data(directory: Path) -> list[Path]:
     """The ONNX test data sets that `directory` is (one) or holds (in the order of their numbers); or none."""
     if any(_INPUT_FILE.fullmatch(p.name) for p in directory.iterdir()):
         return [directory]
-    numbered = [
-        (match, p) for p in directory.iterdir() if (match := _SET_NAME.fullmatch(p.name)) and p.is_dir()
-    ]
+    numbered = [(match, p) for p in directory.iterdir() if (match := _SET_NAME.fullmatch(p.name)) and p.is_dir()]
     return [p for _, p in sorted(numbered, key=lambda item: (int(item[0][1]), item[1].name))]
 
 

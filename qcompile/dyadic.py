@@ -35,9 +35,7 @@ _RATIO_TOLERANCE = 4 * _UNIT
 def linear_multiplier(input_scale: Any, weight_scale: Any, output_scale: Any) -> Float32:
     """`M = fl(fl(Sx*Sw)/Sy)`: one float32 per output channel (0-d for scalars), rounded as a runtime rounds it."""
     x, w, y = (np.asarray(s, np.float32) for s in (input_scale, weight_scale, output_scale))
-    with np.errstate(
-        all="ignore"
-    ):  # a zero or absurd scale gives inf or nan, which `is_exact_dyadic` refuses
+    with np.errstate(all="ignore"):  # a zero or absurd scale gives inf or nan, which `is_exact_dyadic` refuses
         return np.asarray(np.divide(np.multiply(x, w, dtype=np.float32), y, dtype=np.float32))
 
 
@@ -56,9 +54,7 @@ def as_dyadic(multiplier: Any) -> tuple[Int64, Int64]:
     """
     values = np.asarray(multiplier, np.float32).astype(np.float64)
     if not bool(np.all(np.isfinite(values) & (values > 0) & (values < 2.0**62))):
-        raise ModelError(
-            "a rescale multiplier is zero, negative, not finite or beyond 2^62: check the scales"
-        )
+        raise ModelError("a rescale multiplier is zero, negative, not finite or beyond 2^62: check the scales")
     mantissa, exponent = np.frexp(values)
     integer = np.ldexp(mantissa, 24).astype(np.int64)  # exact: a float32 has at most 24 significant bits
     trailing = np.frexp((integer & -integer).astype(np.float64))[1].astype(np.int64) - 1
@@ -73,9 +69,7 @@ def is_exact_dyadic(multiplier: Any) -> npt.NDArray[np.bool_]:
     scaled = np.ldexp(values, MAX_SHIFT)  # exact in float64
     with np.errstate(invalid="ignore"):
         # M < 2^24 with at most 24 significant bits: if M * 2^16 is an integer, the smallest-c numerator is < 2^24.
-        return np.asarray(
-            np.isfinite(values) & (values > 0) & (values < MAX_NUMERATOR) & (scaled == np.rint(scaled))
-        )
+        return np.asarray(np.isfinite(values) & (values > 0) & (values < MAX_NUMERATOR) & (scaled == np.rint(scaled)))
 
 
 def along_axis(vector: Any, rank: int, axis: int | None) -> Array:
@@ -102,9 +96,7 @@ def round_shift(value: Array, shift: Any) -> Int64:
     return np.asarray(np.right_shift(doubled, shift + 1, out=doubled))
 
 
-def requantize(
-    acc: Array, b: Any, c: Any, zero_point: Any, low: int, high: int, axis: int | None = None
-) -> Int64:
+def requantize(acc: Array, b: Any, c: Any, zero_point: Any, low: int, high: int, axis: int | None = None) -> Int64:
     """`clip(round_half_even(acc*b / 2^c) + zero_point, low, high)` in int64.
 
     `acc` is any integer tensor; `b`, `c` and `zero_point` are scalars, tensors that broadcast, or, with `axis`

@@ -29,6 +29,13 @@ class PassError(QcompileError):
 
 
 class LimitError(QcompileError):
-    """The result broke a limit that was asked for (`--max-drop` ...). Exit status 3."""
+    """The result broke a limit that was asked for (`--max-drop` ...). Exit status 3.
+
+    compiled: what was compiled all the same (`qcompile.pipeline.Compiled`), its file kept under another name.
+    """
 
     exit_status = 3
+
+    def __init__(self, message: str, compiled: object = None) -> None:
+        super().__init__(message)
+        self.compiled = compiled

@@ -71,18 +71,14 @@ def parse_preprocess(text: str) -> Preprocess:
         if not equals:
             if key not in PRESETS:
                 hint = closest(key, PRESETS)
-                raise DataError(
-                    f"preprocess: {key!r} is no preset ({', '.join(PRESETS)}){hint or f'; {_EXAMPLE}'}"
-                )
+                raise DataError(f"preprocess: {key!r} is no preset ({', '.join(PRESETS)}){hint or f'; {_EXAMPLE}'}")
             if place:
                 raise DataError(f"preprocess: the preset {key!r} must come first; {_EXAMPLE}")
             result = PRESETS[key]
             continue
         if key not in _KEYS:
             hint = closest(key, _KEYS)
-            raise DataError(
-                f"preprocess: unknown key {key!r} (known: {', '.join(_KEYS)}){hint or f'; {_EXAMPLE}'}"
-            )
+            raise DataError(f"preprocess: unknown key {key!r} (known: {', '.join(_KEYS)}){hint or f'; {_EXAMPLE}'}")
         if key in seen:
             raise DataError(f"preprocess: {key} is given twice; give it once")
         seen.add(key)
@@ -165,9 +161,7 @@ class ImageSource:
     def __init__(self, directory: Path, inputs: Sequence[InputInfo], preprocess: str | None) -> None:
         if len(inputs) != 1:
             names = ", ".join(repr(i.name) for i in inputs)
-            raise DataError(
-                f"{directory}: images feed one input, the model has {names}; give file.py:function"
-            )
+            raise DataError(f"{directory}: images feed one input, the model has {names}; give file.py:function")
         _pillow(directory)
         if preprocess is None and inputs[0].dtype.kind != "u":
             raise DataError(
@@ -176,9 +170,7 @@ class ImageSource:
             )
         self._name = inputs[0].name
         self._files = list_images(directory)
-        self._plan = _Plan.make(
-            inputs[0], parse_preprocess(preprocess or "raw"), f"{directory}: input {self._name!r}"
-        )
+        self._plan = _Plan.make(inputs[0], parse_preprocess(preprocess or "raw"), f"{directory}: input {self._name!r}")
         if len(self._files) < self._plan.batch:
             raise DataError(
                 f"{directory}: {len(self._files)} images do not fill one batch; the model's is fixed to {self._plan.batch}"
@@ -220,36 +212,26 @@ class _Plan:
     def make(info: InputInfo, preprocess: Preprocess, where: str) -> _Plan:
         shape = info.shape
         if shape is None or len(shape) not in (3, 4):
-            raise DataError(
-                f"{where}: has shape {shape}; images need 3 or 4 dimensions, give file.py:function instead"
-            )
+            raise DataError(f"{where}: has shape {shape}; images need 3 or 4 dimensions, give file.py:function instead")
         first, second, third = shape[-3:]
         channels_last = preprocess.layout == "nhwc"
         if preprocess.layout is None:  # NCHW, ONNX's own, where the shape does not tell
             channels_last = first not in (1, 3) and third in (1, 3)
         channels, height, width = (third, first, second) if channels_last else (first, second, third)
         if isinstance(channels, int) and channels not in (1, 3):
-            raise DataError(
-                f"{where}: wants {channels} channels, images give 1 or 3; give file.py:function, or layout="
-            )
+            raise DataError(f"{where}: wants {channels} channels, images give 1 or 3; give file.py:function, or layout=")
         channels = channels if isinstance(channels, int) else 3
         for key, numbers in (("mean", preprocess.mean), ("std", preprocess.std)):
             if len(numbers) not in (1, channels):
-                raise DataError(
-                    f"{where}: preprocess: {key} has {len(numbers)} numbers for {channels} channels"
-                )
+                raise DataError(f"{where}: preprocess: {key} has {len(numbers)} numbers for {channels} channels")
         if preprocess.size is None and not (isinstance(height, int) and isinstance(width, int)):
-            raise DataError(
-                f"{where}: its height and width are not fixed ({height}, {width}); add size= to preprocess"
-            )
+            raise DataError(f"{where}: its height and width are not fixed ({height}, {width}); add size= to preprocess")
         fixed = tuple(d if isinstance(d, int) else None for d in (height, width))
         size = preprocess.size or (fixed[0] or 0, fixed[1] or 0)
         if any(d is not None and d != s for d, s in zip(fixed, size, strict=True)) or min(size) < 1:
             raise DataError(f"{where}: wants height and width {fixed}, size= says {size}; leave size= out")
         if preprocess.resize is not None and preprocess.resize < max(size):
-            raise DataError(
-                f"{where}: resize={preprocess.resize} does not cover the size {size}; give a larger one"
-            )
+            raise DataError(f"{where}: resize={preprocess.resize} does not cover the size {size}; give a larger one")
         batch = shape[0] if len(shape) == 4 and isinstance(shape[0], int) else 1
         return _Plan(preprocess, *size, channels, channels_last, len(shape) == 4, max(batch, 1))
 
@@ -270,9 +252,7 @@ class _Plan:
         try:
             with pillow.open(path) as file:
                 if file.mode.startswith(("I", "F")):  # Pillow's conversion would saturate them without a word
-                    raise DataError(
-                        f"{path}: its pixels are no 8-bit numbers (mode {file.mode}); convert it first"
-                    )
+                    raise DataError(f"{path}: its pixels are no 8-bit numbers (mode {file.mode}); convert it first")
                 image = file.convert("RGB" if self.channels == 3 else "L")
                 width, height = image.size
                 if self.preprocess.resize is not None:
@@ -360,9 +340,7 @@ def _labelled_by_table(table: Path, images: Sequence[Path]) -> list[tuple[Path, 
         raise DataError(f"{table}: cannot be read: {error}") from error
     unlabelled = [p for p in images if p not in labels]
     if unlabelled:
-        raise DataError(
-            f"{table}: has no line for {unlabelled[0].relative_to(table.parent)}; add it, or move the image"
-        )
+        raise DataError(f"{table}: has no line for {unlabelled[0].relative_to(table.parent)}; add it, or move the image")
     if not labels:
         raise DataError(f"{table}: labels no image; add lines FILE,LABEL")
     return sorted(labels.items())

@@ -117,9 +117,7 @@ def _tie_free(node: Node, op: str, a: Float32, b: Float32, out: Float32) -> Resc
     return Rescale(node.label, node.op, kind, True, p=tuple(ratio[1]), q=ratio[0])
 
 
-def _pooled(
-    scales: Scales, node: Node, tensor: str, x: Float32, out: Float32, channels_last: bool
-) -> Rescale:
+def _pooled(scales: Scales, node: Node, tensor: str, x: Float32, out: Float32, channels_last: bool) -> Rescale:
     if max(x.ndim, out.ndim) > 0:
         return _refused(node, "pool", "a scale is per axis")
     count = scales.spatial_size(tensor, channels_last)
@@ -141,9 +139,7 @@ def _of_operator(scales: Scales, node: Node) -> Rescale | None:
         if x is None or w is None or out is None:
             return _refused(node, "linear", "a scale is not stored in the file")
         alpha = real(node, "alpha", 1.0)
-        return _dyadic(
-            node, "linear", linear_multiplier(x, w, out), "" if alpha == 1.0 else f"alpha is {alpha}"
-        )
+        return _dyadic(node, "linear", linear_multiplier(x, w, out), "" if alpha == 1.0 else f"alpha is {alpha}")
     if op in ("QLinearAdd", "QLinearMul"):
         a, b, out = (scales.scale(node.inputs[i]) for i in (1, 4, 6))
         if a is None or b is None or out is None:
@@ -158,9 +154,7 @@ def _of_operator(scales: Scales, node: Node) -> Rescale | None:
         given = [scales.scale(n) for n in (node.inputs[0], *node.inputs[3::3])]
         if all(s is not None and s == given[0] for s in given):
             return None
-        return _refused(
-            node, "other", "it joins tensors of unequal scales, which is not rounded half to even"
-        )
+        return _refused(node, "other", "it joins tensors of unequal scales, which is not rounded half to even")
     return _refused(node, "other", f"{op} is computed in float inside the runtime")
 
 
@@ -178,9 +172,7 @@ def _behind_quantise(scales: Scales, quantise: Node) -> Rescale | None:
         links = [link for link in operands if link is not None]
         kind = _KINDS[maker.op]
         if len(links) < len(operands):
-            return _refused(
-                maker, "other", "an operand is not behind DequantizeLinear: it is computed in float"
-            )
+            return _refused(maker, "other", "an operand is not behind DequantizeLinear: it is computed in float")
         if any(not scales.is_eight_bit(link) for link in links[:2]):
             return _refused(maker, "other", "an operand is not 8-bit: it is computed in float")
         if scales.wiring.elem_type(quantise.outputs[0]) not in BYTES:
@@ -230,11 +222,7 @@ def _judge_linear(scales: Scales, node: Node, links: list[Link], out: Float32) -
     assert x.scale is not None
     assert w.scale is not None
     objection = _axis_objection(scales, node, x, w)
-    if (
-        not objection
-        and node.op == "Gemm"
-        and (real(node, "alpha", 1.0) != 1.0 or real(node, "beta", 1.0) != 1.0)
-    ):
+    if not objection and node.op == "Gemm" and (real(node, "alpha", 1.0) != 1.0 or real(node, "beta", 1.0) != 1.0):
         objection = "alpha or beta is not 1: it is computed in float"
     if not objection and len(links) > 2:
         objection = _bias_objection(links[2], np.asarray(x.scale * w.scale))
@@ -261,9 +249,7 @@ def _bias_objection(bias: Link, expected: Float32) -> str:
         return "the bias is not int32: it is computed in float"
     assert bias.scale is not None
     off = np.abs(bias.scale.astype(np.float64) / expected - 1)
-    return (
-        "" if bool(np.all(off <= _BIAS_TOLERANCE)) else "the bias's scale is not input scale * weight scale"
-    )
+    return "" if bool(np.all(off <= _BIAS_TOLERANCE)) else "the bias's scale is not input scale * weight scale"
 
 
 def _judge_pair(scales: Scales, node: Node, links: list[Link], out: Float32) -> Rescale:

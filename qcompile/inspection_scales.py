@@ -144,9 +144,7 @@ def _load(model: onnx.ModelProto | str | Path) -> onnx.ModelProto:
                     external_data_helper.load_external_data_for_tensor(tensor, str(path.parent))
                     tensor.data_location = TensorProto.DEFAULT
         except (OSError, DecodeError, onnx.checker.ValidationError) as error:
-            raise ModelError(
-                f"{path}: cannot be read as an ONNX model: {' '.join(str(error).split())}"
-            ) from error
+            raise ModelError(f"{path}: cannot be read as an ONNX model: {' '.join(str(error).split())}") from error
     return onnx.inliner.inline_local_functions(model) if model.functions else model
 
 
@@ -175,9 +173,7 @@ def _inferred_shapes(model: onnx.ModelProto) -> dict[str, list[int | None]]:
     for value in (*known.graph.value_info, *known.graph.input, *known.graph.output):
         if value.type.tensor_type.HasField("shape"):
             dims = value.type.tensor_type.shape.dim
-            shapes[value.name] = [
-                d.dim_value if d.HasField("dim_value") and d.dim_value > 0 else None for d in dims
-            ]
+            shapes[value.name] = [d.dim_value if d.HasField("dim_value") and d.dim_value > 0 else None for d in dims]
     return shapes
 
 
@@ -193,9 +189,7 @@ def _make_standard(node: onnx.NodeProto) -> None:
         kept = [inputs[i] for i in positions]
         if node.op_type == "QLinearConcat":
             kept, attributes = inputs[2::3], [a for a in node.attribute if a.name == "axis"]
-        elif node.op_type == "QLinearGlobalAveragePool" and any(
-            a.name == "channels_last" and a.i for a in node.attribute
-        ):
+        elif node.op_type == "QLinearGlobalAveragePool" and any(a.name == "channels_last" and a.i for a in node.attribute):
             return
     else:
         return

@@ -52,18 +52,12 @@ class Window:
             small, large = [t // 2 for t in totals], [t - t // 2 for t in totals]
             begins, ends = (small, large) if auto_pad == "SAME_UPPER" else (large, small)
         else:
-            pads = (
-                list(attributes.get("pads") or (0,) * (2 * rank))
-                if auto_pad == "NOTSET"
-                else [0] * (2 * rank)
-            )
+            pads = list(attributes.get("pads") or (0,) * (2 * rank)) if auto_pad == "NOTSET" else [0] * (2 * rank)
             begins, ends = pads[:rank], pads[rank:]
             if attributes.get("ceil_mode", 0):
                 ends = [
                     end + _ceil_extra(size, begin, end, stride, extent)
-                    for size, begin, end, stride, extent in zip(
-                        spatial, begins, ends, strides, extents, strict=True
-                    )
+                    for size, begin, end, stride, extent in zip(spatial, begins, ends, strides, extents, strict=True)
                 ]
         if min([*begins, *ends], default=0) < 0:
             raise ModelError(f"negative pads {[*begins, *ends]} are not supported")
@@ -103,9 +97,7 @@ class Window:
                     ...,
                     *(
                         slice(p * d, p * d + (o - 1) * s + 1, s)
-                        for p, d, s, o in zip(
-                            position, self.dilations, self.strides, output_shape, strict=True
-                        )
+                        for p, d, s, o in zip(position, self.dilations, self.strides, output_shape, strict=True)
                     ),
                 ),
             )

@@ -108,9 +108,7 @@ class Interpreter:
                 raise InputError(f"input {name!r} is not fed; the model needs {self.input_names}")
             expected = helper.tensor_dtype_to_np_dtype(info.type.tensor_type.elem_type)
             if np.asarray(feeds[name]).dtype != expected:
-                raise InputError(
-                    f"input {name!r} is {np.asarray(feeds[name]).dtype}, the model takes {expected}"
-                )
+                raise InputError(f"input {name!r} is {np.asarray(feeds[name]).dtype}, the model takes {expected}")
         known = {i.name for i in self._model.graph.input}
         for name in feeds:
             if name not in known:
@@ -127,13 +125,9 @@ class Interpreter:
     def _execute(self, step: Step, inputs: list[Value | None]) -> list[Value]:
         op = step.op
         if op in ("QuantizeLinear", "DequantizeLinear") and step.domain in ("", _MICROSOFT):
-            return [
-                self._quantize(step, inputs) if op == "QuantizeLinear" else self._dequantize(step, inputs)
-            ]
+            return [self._quantize(step, inputs) if op == "QuantizeLinear" else self._dequantize(step, inputs)]
         if (step.domain, op) in QLINEAR:
-            result, exact = QLINEAR[step.domain, op](
-                step, [self._array(step, v) for v in inputs], self._strict
-            )
+            result, exact = QLINEAR[step.domain, op](step, [self._array(step, v) for v in inputs], self._strict)
             if not exact:
                 self._record(step.name)
             return [result]
@@ -270,15 +264,12 @@ class Interpreter:
             return None
         first = inputs[0]
         quantised = [v for v in inputs if isinstance(v, Quantised)]
-        shared = len(quantised) == len(inputs) and all(
-            v.params.same_grid(quantised[0].params) for v in quantised
-        )
+        shared = len(quantised) == len(inputs) and all(v.params.same_grid(quantised[0].params) for v in quantised)
         if step.op == "Concat":
             arrays = [v.data for v in quantised] if shared else [self._need(step, v) for v in inputs]
             joined = np.concatenate(arrays, axis=step.attributes["axis"])
             if not shared and any(
-                not isinstance(v, np.ndarray) or n in self._lapsed
-                for n, v in zip(step.inputs, inputs, strict=True)
+                not isinstance(v, np.ndarray) or n in self._lapsed for n, v in zip(step.inputs, inputs, strict=True)
             ):
                 self._lapsed.update(step.outputs)
         elif shared and isinstance(first, Quantised):
@@ -347,9 +338,7 @@ def load(model: onnx.ModelProto | str | Path) -> onnx.ModelProto:
         try:
             model = onnx.load(str(model))
         except (OSError, DecodeError, onnx.checker.ValidationError) as error:
-            raise ModelError(
-                f"{model}: cannot be read as an ONNX model: {' '.join(str(error).split())}"
-            ) from error
+            raise ModelError(f"{model}: cannot be read as an ONNX model: {' '.join(str(error).split())}") from error
     return onnx.inliner.inline_local_functions(model) if model.functions else model
 
 
@@ -369,6 +358,4 @@ def _moved(step: Step, x: Quantised) -> QuantParams:
     if params.axis is None:
         return params
     perm = step.attributes.get("perm") or list(reversed(range(x.data.ndim)))
-    return QuantParams(
-        params.scale, params.zero_point, params.dtype, list(perm).index(params.axis % x.data.ndim)
-    )
+    return QuantParams(params.scale, params.zero_point, params.dtype, list(perm).index(params.axis % x.data.ndim))

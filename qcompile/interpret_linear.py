@@ -16,9 +16,7 @@ from qcompile.interpret_values import INT8, Linear, Pair, Pending, Pooled, Quant
 _BIAS_TOLERANCE = 2.0**-22
 
 
-def params_of(
-    step: Step, scale: Array, zero_point: Array | None, axis: int, dtype: np.dtype[np.generic]
-) -> QuantParams:
+def params_of(step: Step, scale: Array, zero_point: Array | None, axis: int, dtype: np.dtype[np.generic]) -> QuantParams:
     """Scale and zero point as stored; one element means per tensor. Raises ModelError where they are unusable."""
     scale = np.asarray(scale, np.float32)
     if not bool(np.all(np.isfinite(scale) & (scale > 0))):
@@ -34,13 +32,7 @@ def params_of(
 def conv(step: Step, inputs: Sequence[Quantised | None]) -> Linear | None:
     """Conv of an 8-bit per-tensor input and 8-bit weights; None where onnxruntime would not run it in integers."""
     x, w, bias = (*inputs, None)[:3]
-    if (
-        x is None
-        or w is None
-        or not _eight_bit(x, w)
-        or x.params.axis is not None
-        or w.params.axis not in (None, 0)
-    ):
+    if x is None or w is None or not _eight_bit(x, w) or x.params.axis is not None or w.params.axis not in (None, 0):
         return None
     acc = convolve_quantised(step, x, w)
     scale = _weight_scale(x, w)

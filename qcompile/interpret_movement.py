@@ -140,9 +140,7 @@ def _space_to_depth(step: Step, x: Array, others: Others) -> list[Array]:
 def _max_pool(step: Step, x: Array, others: Others) -> list[Array]:
     if len(step.outputs) > 1 and step.outputs[1]:
         raise step.error("the Indices output is not supported")
-    return [
-        max_pool(x, Window.from_attributes(step.attributes, step.attributes["kernel_shape"], x.shape[2:]))
-    ]
+    return [max_pool(x, Window.from_attributes(step.attributes, step.attributes["kernel_shape"], x.shape[2:]))]
 
 
 def _resize(step: Step, x: Array, others: Others) -> list[Array]:
@@ -160,9 +158,7 @@ def _resize(step: Step, x: Array, others: Others) -> list[Array]:
         target = [int(np.floor(np.float32(s) * f)) for s, f in zip(x.shape, factors, strict=True)]
     else:
         raise step.error("neither scales nor sizes are given")
-    coordinates = (
-        b"asymmetric" if old else step.attributes.get("coordinate_transformation_mode", b"half_pixel")
-    )
+    coordinates = b"asymmetric" if old else step.attributes.get("coordinate_transformation_mode", b"half_pixel")
     rounding = b"floor" if old else step.attributes.get("nearest_mode", b"round_prefer_floor")
     for axis, (size, length, factor) in enumerate(zip(x.shape, target, factors, strict=True)):
         if size != length or factor != 1:
@@ -170,9 +166,7 @@ def _resize(step: Step, x: Array, others: Others) -> list[Array]:
     return [x]
 
 
-def _nearest(
-    step: Step, size: int, length: int, factor: np.float32, coordinates: bytes, rounding: bytes
-) -> Array:
+def _nearest(step: Step, size: int, length: int, factor: np.float32, coordinates: bytes, rounding: bytes) -> Array:
     """Source index of each of `length` output positions (Resize, table of coordinate transformations)."""
     i = np.arange(length, dtype=np.float32)
     half = np.float32(0.5)

@@ -86,9 +86,7 @@ class SingleNodeRunner:
                 [onnx.ValueInfoProto(name=name) for name in wanted],
             )
             single = helper.make_model(graph, opset_imports=self._opsets, ir_version=self._ir_version)
-            self._sessions[key] = Session(
-                single, optimisation=Optimisation.OFF, label=f"node {step.name} ({step.op})"
-            )
+            self._sessions[key] = Session(single, optimisation=Optimisation.OFF, label=f"node {step.name} ({step.op})")
         values = self._sessions[key].run(feeds, wanted)
         return [values[name] if name else np.empty(0, np.float32) for name in step.outputs]
 
@@ -97,7 +95,5 @@ def _value_info(step: Step, name: str, value: Array) -> onnx.ValueInfoProto:
     try:
         kind = helper.np_dtype_to_tensor_dtype(value.dtype)
     except (KeyError, ValueError) as error:
-        raise step.error(
-            f"input {name} has type {value.dtype}, which cannot be handed to onnxruntime"
-        ) from error
+        raise step.error(f"input {name} has type {value.dtype}, which cannot be handed to onnxruntime") from error
     return helper.make_tensor_value_info(name, kind, [None] * value.ndim)

@@ -55,9 +55,7 @@ class QuantParams:
 
     def shaped(self, rank: int) -> tuple[Float32, Int64]:
         """Scale and zero point, broadcastable to a tensor of `rank`."""
-        return along_axis(self.scale, rank, self.axis), along_axis(
-            self.zero_point.astype(np.int64), rank, self.axis
-        )
+        return along_axis(self.scale, rank, self.axis), along_axis(self.zero_point.astype(np.int64), rank, self.axis)
 
     def same_grid(self, other: QuantParams) -> bool:
         """Whether both hold per-tensor parameters with the same scale, zero point and type."""
@@ -140,9 +138,7 @@ class Pending(ABC):
         """
         exact, values = self._rescale(params)
         if not exact and strict:
-            raise ModelError(
-                f"node {self.node} ({self.op}): {self._why(params)}; `strict=False` rounds in float32"
-            )
+            raise ModelError(f"node {self.node} ({self.op}): {self._why(params)}; `strict=False` rounds in float32")
         for bound, limit in ((self.low, np.maximum), (self.high, np.minimum)):
             if bound is not None:  # rounding is monotone: Q(clip(x)) = clip(Q(x)) between Q(low) and Q(high)
                 edge = params.quantize(np.full((1,) * values.ndim, bound, np.float32))

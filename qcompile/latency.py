@@ -79,9 +79,7 @@ def measure_latency(
         raise InputError("latency needs at least one round, a slot longer than 0 seconds and one thread")
     each = [feeds] * len(models) if isinstance(feeds, Mapping) else list(feeds)
     if len(each) != len(models):
-        raise InputError(
-            f"{len(models)} models but {len(each)} feeds; give one for all or one for each model"
-        )
+        raise InputError(f"{len(models)} models but {len(each)} feeds; give one for all or one for each model")
     runs: list[Callable[[], object]] = [
         _runner(Session(model, threads=threads, label=_label(model, index)), feed)
         for index, (model, feed) in enumerate(zip(models, each, strict=True))

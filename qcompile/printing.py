@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # they load onnxruntime, which `--help` need not wait for
     from qcompile.inspection import Rescale, Summary
     from qcompile.rewrite import Pass, Promise
 
-_LOG_WIDTH = 160  # where there is no terminal to ask: wide enough that a node's name is seldom broken
+_LOG_WIDTH = 10_000  # where there is no terminal: nothing is broken into lines, so that it can be searched
 _REDRAW_SECONDS = 0.1
 _MOST_LINES = 12  # of one kind of finding; the JSON report has them all
 
@@ -253,12 +253,24 @@ def _float_lines(report: Mapping[str, Any]) -> Iterable[str]:
     if ops:
         yield "runs in float: " + ", ".join(f"{count} {op}" for op, count in ops.items())
     fusion = report.get("fusion") or {}
-    for key, what in (("not_fused", "was to be integer but runs in float"), ("leftover", "stays at run time")):
-        found = fusion.get(key) or ()
-        for left in found[:_MOST_LINES]:
-            yield f"{left['op']} {left['node']} {what}: {left['reason']}"
-        if len(found) > _MOST_LINES:
-            yield f"... and {len(found) - _MOST_LINES} more like it; the JSON report (--report) lists all"
+    missed = fusion.get("not_fused") or ()
+    yield from _cut([f"{e['op']} {e['node']} was to be integer but runs in float: {e['reason']}" for e in missed])
+    alike: dict[tuple[str, str], list[str]] = {}
+    for entry in fusion.get("leftover") or ():
+        alike.setdefault((entry["op"], entry["reason"]), []).append(entry["node"])
+    yield from _cut([_leftover_line(op, reason, nodes) for (op, reason), nodes in alike.items()])
+
+
+def _leftover_line(op: str, reason: str, nodes: list[str]) -> str:
+    if len(nodes) == 1:
+        return f"{op} {nodes[0]} stays at run time: {reason}"
+    return f"{len(nodes)} {op} stay at run time (first {nodes[0]}): {reason}"
+
+
+def _cut(lines: list[str]) -> Iterable[str]:
+    yield from lines[:_MOST_LINES]
+    if len(lines) > _MOST_LINES:
+        yield f"... and {len(lines) - _MOST_LINES} more like it; the JSON report (--report) lists all"
 
 
 def _decibels(value: float | None) -> str:

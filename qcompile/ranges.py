@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,6 +68,29 @@ class Observer:
     def sample(self) -> Array:
         """The kept values, float32."""
         return np.concatenate(self._chunks) if self._chunks else np.zeros(0, np.float32)
+
+
+@dataclass
+class Thinned:
+    """An evenly spaced selection of a stream of feeds: at most `most` of them and `budget_bytes`, in order."""
+
+    budget_bytes: int
+    most: int = 64
+    kept: list[dict[str, Array]] = field(default_factory=list)
+    _stride: int = 1
+    _seen: int = 0
+
+    def passing(self, feeds: Iterable[Feeds]) -> Iterator[Feeds]:
+        """Yield every feed unchanged, keeping some."""
+        for feed in feeds:
+            if self._seen % self._stride == 0:
+                self.kept.append(dict(feed))
+                size = sum(a.nbytes for a in feed.values()) * len(self.kept)
+                if (len(self.kept) > self.most or size > self.budget_bytes) and len(self.kept) > 1:
+                    self.kept = self.kept[::2]
+                    self._stride *= 2
+            self._seen += 1
+            yield feed
 
 
 def observe(

@@ -31,6 +31,8 @@ class Session:
     """One model loaded in onnxruntime on the CPU.
 
     `model` is a path (external data is found beside it), serialised bytes or a ModelProto under 2 GiB.
+    `fuse_qdq=False` runs Q/DQ as the float arithmetic that it spells: an unfinished Q/DQ graph (float weights) must not be
+    quantised further by onnxruntime, which would round those weights per tensor.
     Raises ModelError, naming `label`, where onnxruntime refuses the model.
     """
 
@@ -42,12 +44,15 @@ class Session:
         threads: int = 0,
         label: str = "model",
         optimised_path: str | Path | None = None,
+        fuse_qdq: bool = True,
     ) -> None:
         options = ort.SessionOptions()
         options.log_severity_level = 4
         options.graph_optimization_level = optimisation.value
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
+        if not fuse_qdq:
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
         if optimised_path is not None:
             options.optimized_model_filepath = str(optimised_path)
         source: str | bytes

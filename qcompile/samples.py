@@ -103,9 +103,7 @@ def check_names(names: Iterable[str], inputs: Sequence[InputInfo], origin: str) 
         hint = closest(str(unknown[0]), missing or wanted)
         raise DataError(f"{origin}: {unknown[0]!r} is no input of the model (its inputs: {known}){hint}")
     if missing:
-        raise DataError(
-            f"{origin}: input {missing[0]!r} of the model is missing; give data for each of {known}"
-        )
+        raise DataError(f"{origin}: input {missing[0]!r} of the model is missing; give data for each of {known}")
 
 
 def conform(feeds: Mapping[str, object], inputs: Sequence[InputInfo], origin: str) -> dict[str, Array]:
@@ -148,19 +146,11 @@ def _check_shape(array: Array, info: InputInfo, where: str) -> None:
     if array.ndim != len(info.shape):
         hint = "; add the batch axis" if array.ndim == len(info.shape) - 1 else ""
         raise DataError(f"{where}: has shape {array.shape}, the model wants {wanted}: wrong rank{hint}")
-    wrong = [
-        a
-        for a, (got, d) in enumerate(zip(array.shape, info.shape, strict=True))
-        if d != got and isinstance(d, int)
-    ]
+    wrong = [a for a, (got, d) in enumerate(zip(array.shape, info.shape, strict=True)) if d != got and isinstance(d, int)]
     if wrong:
-        swapped = len(info.shape) == 4 and sorted(map(str, array.shape[1:])) == sorted(
-            map(str, info.shape[1:])
-        )
+        swapped = len(info.shape) == 4 and sorted(map(str, array.shape[1:])) == sorted(map(str, info.shape[1:]))
         hint = "; transpose it, NCHW and NHWC look swapped" if swapped else ""
-        raise DataError(
-            f"{where}: has shape {array.shape}, the model wants {wanted}: wrong axis {wrong[0]}{hint}"
-        )
+        raise DataError(f"{where}: has shape {array.shape}, the model wants {wanted}: wrong axis {wrong[0]}{hint}")
 
 
 def _kind(dtype: np.dtype[Any]) -> str:
@@ -176,21 +166,15 @@ def _convert(array: Array, dtype: np.dtype[Any], where: str) -> Array:
     if array.dtype == dtype:
         return array
     have, want = _kind(array.dtype), _kind(dtype)
-    if (have, want) in {("float", "float"), ("text", "text")} or (
-        have == "bool" and want in ("int", "float")
-    ):
-        with np.errstate(
-            over="ignore"
-        ):  # an overflow is reported by the caller, as a value that does not fit
+    if (have, want) in {("float", "float"), ("text", "text")} or (have == "bool" and want in ("int", "float")):
+        with np.errstate(over="ignore"):  # an overflow is reported by the caller, as a value that does not fit
             return array.astype(dtype)
     limits = _exact_integers(dtype)
     if have != "int" or limits is None:
         raise DataError(f"{where}: has dtype {array.dtype}, the model wants {dtype}; convert the data")
     if array.size and (int(array.min()) < limits[0] or int(array.max()) > limits[1]):
         span = f"{array.min()}..{array.max()}"
-        raise DataError(
-            f"{where}: {array.dtype} values {span} do not fit {dtype} exactly ({limits[0]}..{limits[1]})"
-        )
+        raise DataError(f"{where}: {array.dtype} values {span} do not fit {dtype} exactly ({limits[0]}..{limits[1]})")
     return array.astype(dtype)
 
 
@@ -213,9 +197,7 @@ def as_label(value: object, origin: str) -> Label:
     except ValueError as error:
         raise DataError(f"{origin}: the label cannot be made an array: {error}") from error
     if array.dtype.kind not in "iufb" or array.size == 0:
-        raise DataError(
-            f"{origin}: label {value!r} is not a number; give the class number or an array of numbers"
-        )
+        raise DataError(f"{origin}: label {value!r} is not a number; give the class number or an array of numbers")
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         raise DataError(f"{origin}: the label holds NaN or infinity; clean the data first")
     if array.size == 1 and array.ndim <= 1 and array.dtype.kind in "iu":

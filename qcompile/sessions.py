@@ -18,14 +18,16 @@ from qcompile.tensors import is_external, with_data
 _LIMIT = 2**31 - 2**24
 
 
-def graph_session(graph: Graph, *, optimisation: Optimisation = Optimisation.ALL, threads: int = 0, label: str = "model") -> Session:
+def graph_session(
+    graph: Graph, *, optimisation: Optimisation = Optimisation.ALL, threads: int = 0, label: str = "model", fuse_qdq: bool = True
+) -> Session:
     """A session that runs `graph` as it stands. Constants over 2 GiB go through a temporary folder, removed at once."""
     if sum(c.nbytes for c in graph.constants.values()) < _LIMIT:
-        return Session(write_model(graph, embed=True), optimisation=optimisation, threads=threads, label=label)
+        return Session(write_model(graph, embed=True), optimisation=optimisation, threads=threads, label=label, fuse_qdq=fuse_qdq)
     with tempfile.TemporaryDirectory(prefix="qcompile-") as folder:
         path = Path(folder) / "model.onnx"
         graph.save(path)
-        return Session(path, optimisation=optimisation, threads=threads, label=label)
+        return Session(path, optimisation=optimisation, threads=threads, label=label, fuse_qdq=fuse_qdq)
 
 
 def segment_session(

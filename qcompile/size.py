@@ -32,9 +32,7 @@ def size_bytes(path: str | Path) -> int:
             files.setdefault((path.parent / location).resolve(), tensor.name)
     for file, name in files.items():
         if not file.is_file():
-            raise ModelError(
-                f"{path}: external data file {file} of tensor '{name}' is missing; put it beside the model"
-            )
+            raise ModelError(f"{path}: external data file {file} of tensor '{name}' is missing; put it beside the model")
         total += file.stat().st_size
     return total
 

@@ -21,9 +21,7 @@ SPEC = "synthetic"
 CHANNELS = (1, 3, 4)
 SPATIAL_SIZE = 64  # divisible by the usual total stride of 32
 OTHER_SIZE = 8
-SHARED_VARIANCE = (
-    0.8  # of a pixel's variance, what all channels have in common: photographs are mostly luminance
-)
+SHARED_VARIANCE = 0.8  # of a pixel's variance, what all channels have in common: photographs are mostly luminance
 
 _Shape: TypeAlias = tuple[int, ...]
 
@@ -40,13 +38,9 @@ def synthetic_dataset(inputs: Sequence[InputInfo], count: int, seed: int) -> Dat
         raise DataError(f"{SPEC} data: {count} samples were asked for; ask for at least 1")
     for info in inputs:
         if info.shape is None:
-            raise DataError(
-                f"input {info.name!r} has no shape, so that its data cannot be made up; give --data"
-            )
+            raise DataError(f"input {info.name!r} has no shape, so that its data cannot be made up; give --data")
         if not _is_mask(info) and not np.issubdtype(info.dtype, np.floating):
-            raise DataError(
-                f"input {info.name!r} ({info.dtype}): token inputs need --data, their values cannot be made up"
-            )
+            raise DataError(f"input {info.name!r} ({info.dtype}): token inputs need --data, their values cannot be made up")
     return Dataset(SPEC, inputs, _SyntheticSource(inputs, count, seed))
 
 
@@ -63,10 +57,7 @@ class _SyntheticSource:
 
     def rows(self, indices: Sequence[int] | None) -> Iterator[Row]:
         for index in range(self._count) if indices is None else indices:
-            feeds = {
-                info.name: self._array(index, place, info, axes)
-                for place, (info, axes) in enumerate(self._inputs)
-            }
+            feeds = {info.name: self._array(index, place, info, axes) for place, (info, axes) in enumerate(self._inputs)}
             yield Row(f"{SPEC}: sample {index}", feeds, None)
 
     def _array(self, index: int, place: int, info: InputInfo, axes: tuple[int, int, int] | None) -> Array:

@@ -104,9 +104,7 @@ def drop_interval(lost: int, won: int, samples: int, *, confidence: float = 0.95
     return low, high
 
 
-def samples_needed(
-    lost: int, won: int, samples: int, max_drop_points: float, *, confidence: float = 0.95
-) -> int | None:
+def samples_needed(lost: int, won: int, samples: int, max_drop_points: float, *, confidence: float = 0.95) -> int | None:
     """About how many samples would decide, if the rates of lost and won samples stay as they are.
 
     The least number at which the scaled, rounded counts pass or fail, rounded up to two figures. If the true rates are the

@@ -47,7 +47,11 @@ class Stream:
         outputs += [t for t in targets if t not in outputs]
         nodes = [n for n in self.graph.nodes if n in segment]
         inside = {o for n in nodes for o in n.outputs}
-        inputs = [t for t in dict.fromkeys(t for n in nodes for t in [*n.inputs, *n.captured]) if isinstance(t, Value) and t.name and t not in inside]
+        inputs = [
+            t
+            for t in dict.fromkeys(t for n in nodes for t in [*n.inputs, *n.captured])
+            if isinstance(t, Value) and t.name and t not in inside
+        ]
         session = segment_session(self.graph, nodes, [(v, self._held[v][0].dtype) for v in inputs], outputs)
         results: dict[Tensor, list[Array]] = {v: [] for v in outputs}
         for index in range(self._count):

@@ -284,9 +284,7 @@ def test_passes_are_listed_in_their_order(command: Command) -> None:
 
     status, out, _ = command("passes")
     assert status == 0
-    found = [out.find(f"\n{p.name} ") for p in PASSES]
-    assert -1 not in found
-    assert found == sorted(found)
+    assert [line.split()[0] for line in out.splitlines()[2:]] == [p.name for p in PASSES]
     assert "the same, bit for bit" in out
 
 
@@ -445,10 +443,12 @@ def test_ctrl_c_leaves_nothing_behind(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(os.name == "nt", reason="needs a POSIX pipe")
 def test_a_reader_that_goes_away_is_no_fault() -> None:
-    line = f"set -o pipefail; {sys.executable} -c 'import time; time.sleep(0)'; "
-    line += f"{{ {sys.executable} -m qcompile passes; echo status $? >&2; }} | true"
-    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=120)
-    assert done.stderr.splitlines() in (["status 141"], ["status 0"])  # 0 where the pipe took everything first
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "qcompile", "passes"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_help_of_the_process() -> None:

@@ -1,0 +1,50 @@
+"""Options checked before any work: values, combinations, and where the output goes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from qcompile.context import Settings
+from qcompile.errors import InputError
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "format": ("qdq", "qoperator"),
+    "target": ("any", "vnni", "arm", "tensorrt"),
+    "ranges": ("mse", "minmax", "percentile"),
+    "effort": ("fast", "default"),
+    "inputs_as": ("float32", "uint8"),
+    "keep_head": ("float",),
+}
+
+
+def check_settings(settings: Settings, max_drop: float | None, has_evaluation: bool) -> None:
+    """Raise InputError for a value that is not offered, or options that cannot go together."""
+    if settings.bits != 8:
+        raise InputError(f"--bits {settings.bits}: only 8 is implemented in this version; use --bits 8")
+    for name, offered in CHOICES.items():
+        if getattr(settings, name) not in offered:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(settings, name)}: choose one of {', '.join(offered)}")
+    if settings.format == "qoperator" and settings.target in ("arm", "tensorrt"):
+        raise InputError(
+            f"--format qoperator --target {settings.target}: s8 operators are slow or missing in onnxruntime; use --format qdq"
+        )
+    if max_drop is not None and not has_evaluation:
+        raise InputError("--max-drop compares with the true answers; give --eval data with labels")
+    if max_drop is not None and not 0 <= max_drop <= 100:
+        raise InputError(f"--max-drop {max_drop:g}: give percentage points between 0 and 100")
+
+
+def output_path(source: Path, output: str | Path | None, bits: int) -> Path:
+    """The file to write: `output`, or MODEL.int8.onnx beside the source. Raises InputError where it cannot be written."""
+    path = Path(output) if output is not None else source.with_suffix(f".int{bits}.onnx")
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder; give a file name with -o")
+    folder = path.parent
+    if not folder.is_dir():
+        raise InputError(f"{path}: its folder does not exist; create it or choose another output with -o")
+    if not os.access(folder, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
+        raise InputError(f"{path}: cannot be written; choose another output with -o")
+    if source.exists() and path.exists() and path.samefile(source):
+        raise InputError(f"{path}: is the input itself, which is never overwritten; choose another output with -o")
+    return path

@@ -1,0 +1,311 @@
+"""The whole way of the data: load, passes with their promises checked, save, measure, report. The command line is a layer over it."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import qcompile
+from qcompile.audit import Audit, audit
+from qcompile.check import Measured, Progress, judge, measure, nodes_json
+from qcompile.context import Context, Settings
+from qcompile.convert import lower_opset
+from qcompile.data import Dataset, load_dataset
+from qcompile.errors import InputError, LimitError, PassError
+from qcompile.graph import Graph
+from qcompile.graph_io import write_model
+from qcompile.load import Loaded, load_model
+from qcompile.options import check_settings, output_path
+from qcompile.passes import passes_for
+from qcompile.promises import Verifier
+from qcompile.report_file import file_record, peak_rss_mb
+from qcompile.rewrite import Pass, Report
+from qcompile.runtime import Feeds
+from qcompile.samples import model_inputs
+from qcompile.synthetic import synthetic_dataset
+
+_CHECK_FEEDS = 2
+_SYNTHETIC_SAMPLES = 32
+_OWN_SAMPLES = 32  # calibration samples that stand in where no --eval is given
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A finished compilation: the written file and its JSON report (DESIGN section 8)."""
+
+    path: Path
+    report: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Data:
+    calibration: Dataset
+    kind: str  # real | synthetic
+    evaluation: Dataset | None
+    warnings: tuple[str, ...]
+
+
+def compile_model(
+    model: str | Path,
+    output: str | Path | None = None,
+    *,
+    bits: int = 8,
+    format: str = "qdq",
+    target: str = "any",
+    data: str | Dataset | None = None,
+    samples: int | None = None,
+    eval_data: str | Dataset | None = None,
+    max_drop: float | None = None,
+    ranges: str = "mse",
+    effort: str = "default",
+    exclude: Sequence[str] = (),
+    opset: int | None = None,
+    inputs_as: str = "float32",
+    preprocess: str | None = None,
+    bias_correction: bool = True,
+    keep_head: str = "float",
+    seed: int = 0,
+    dump_passes: str | Path | None = None,
+    latency: bool = True,
+    progress: Progress | None = None,
+) -> Compiled:
+    """Compile a float ONNX model to an integer one, write it and measure it against the original.
+
+    data, eval_data: a SPEC (see `qcompile.data`) or a Dataset; `eval_data` never changes the written bytes.
+    max_drop: the largest drop of top-1 accuracy, in percentage points, that `eval_data` (with labels) must not contradict.
+    Returns the written path and the report. Raises InputError, ModelError or DataError (exit status 2), PassError (1), and
+    LimitError (3) where `max_drop` is not shown to hold: the file is then kept with `.failed` before its suffix.
+
+    >>> compiled = compile_model("models/digits_cnn.onnx", data="models/digits_calib.npz")  # doctest: +SKIP
+    >>> compiled.report["accuracy"]["sqnr_db"]  # doctest: +SKIP
+    """
+    start = time.perf_counter()
+    settings = Settings(
+        bits=bits,
+        format=format,
+        target=target,
+        ranges="minmax" if effort == "fast" and ranges == "mse" else ranges,
+        effort=effort,
+        exclude=tuple(exclude),
+        bias_correction=bias_correction,
+        inputs_as=inputs_as,
+        opset=opset,
+        keep_head=keep_head,
+        seed=seed,
+    )
+    check_settings(settings, max_drop, eval_data is not None)
+    source = Path(model)
+    path = output_path(source, output, bits)
+    loaded = load_model(source)
+    given = _open_data(loaded.graph, data, eval_data, samples, preprocess, settings)
+    _check_excluded(loaded.graph, settings)
+    context = Context(settings, calibration=lambda: (s.feeds for s in given.calibration))
+    context.synthetic = given.kind == "synthetic"
+    context.progress = _stages(progress, given)
+    rows = _run_passes(loaded.graph, context, given, Path(dump_passes) if dump_passes is not None else None)
+    if opset is not None:
+        lower_opset(loaded.graph, opset)
+    _stamp(loaded, settings)
+    loaded.graph.save(path)
+    audited = audit(path)
+    measured, measured_on = _measure(source, path, given, latency, effort, progress)
+    report = _report(source, path, loaded, settings, rows, audited, measured, context, given)
+    report["data"]["evaluation"] = measured_on
+    report["seconds"] = round(time.perf_counter() - start, 3)
+    report["peak_rss_mb"] = peak_rss_mb()
+    compiled = Compiled(path, report)
+    if max_drop is not None:
+        compiled = _enforce(compiled, measured, max_drop)
+    return compiled
+
+
+def _open_data(
+    graph: Graph,
+    data: str | Dataset | None,
+    eval_data: str | Dataset | None,
+    samples: int | None,
+    preprocess: str | None,
+    settings: Settings,
+) -> _Data:
+    """Datasets and warnings. Without `data` the calibration is made up; it never comes from `eval_data`."""
+    inputs = model_inputs(write_model(graph, constants=False))
+
+    def opened(spec: str | Dataset | None, count: int | None) -> Dataset | None:
+        if isinstance(spec, str):
+            return load_dataset(spec, inputs, preprocess=preprocess, samples=count, seed=settings.seed)
+        return spec
+
+    calibration, evaluation = opened(data, samples), opened(eval_data, None)
+    if calibration is not None:
+        return _Data(calibration, "real", evaluation, ())
+    made_up = synthetic_dataset(inputs, _SYNTHETIC_SAMPLES, settings.seed)
+    warning = "no --data: ranges come from synthetic inputs; give representative samples for the best accuracy"
+    return _Data(made_up, "synthetic", evaluation, (warning,))
+
+
+def _check_excluded(graph: Graph, settings: Settings) -> None:
+    for pattern in settings.exclude:
+        alone = Settings(exclude=(pattern,))
+        if not any(alone.excluded(n.name) for n in graph.nodes):
+            raise InputError(f"--exclude {pattern}: no node of the model matches; `qcompile inspect MODEL` lists their names")
+
+
+def _stages(progress: Progress | None, given: _Data) -> Any:
+    if progress is None:
+        return None
+    counts: dict[str, int] = {}
+
+    def tick(stage: str) -> None:
+        counts[stage] = counts.get(stage, 0) + 1
+        progress(stage, counts[stage], given.calibration.count if stage == "calibrating" else None)
+
+    return tick
+
+
+def _run_passes(graph: Graph, context: Context, given: _Data, dump: Path | None) -> list[dict[str, Any]]:
+    """Run the registry in order; every pass that rewrote something is verified before the next one starts."""
+    feeds: list[Feeds] = [s.feeds for s in islice(given.calibration, _CHECK_FEEDS)]
+    verifier = Verifier(graph, feeds)
+    rows: list[dict[str, Any]] = []
+    if dump is not None:
+        dump.mkdir(parents=True, exist_ok=True)
+    for index, step in enumerate(passes_for(context.settings)):
+        row = _run_pass(step, graph, context, verifier)
+        rows.append(row)
+        if dump is not None:
+            graph.save(dump / f"{index:02d}-{step.name}.onnx")
+    return rows
+
+
+def _run_pass(step: Pass, graph: Graph, context: Context, verifier: Verifier) -> dict[str, Any]:
+    if context.progress is not None:
+        context.progress(step.name)
+    nodes, size = len(graph.nodes), _constant_bytes(graph)
+    verifier.before(graph, step)
+    start = time.perf_counter()
+    report = step.run(graph, context)
+    seconds = time.perf_counter() - start
+    ratio = None
+    if report.rewrites:
+        ratio = verifier.after(graph, step, finished=_finished(graph))
+        again = step.run(graph, context)
+        if again.rewrites:
+            raise PassError(f"pass '{step.name}' found {again.rewrites} more rewrites when run twice; please report this model")
+    return _row(step, report, seconds, ratio, len(graph.nodes) - nodes, _constant_bytes(graph) - size)
+
+
+def _row(step: Pass, report: Report, seconds: float, ratio: float | None, nodes: int, size: int) -> dict[str, Any]:
+    return {
+        "name": step.name,
+        "rewrites": report.rewrites,
+        "skipped": dict(sorted(report.skipped.items())),
+        "refusals": [{"node": node, "reason": reason} for node, reason in report.refusals],
+        "seconds": round(seconds, 3),
+        "sqnr_db": None if ratio is None else round(ratio, 2),
+        "nodes_added": nodes,
+        "bytes_added": size,
+    }
+
+
+def _finished(graph: Graph) -> bool:
+    """Whether no linear node between Q and DQ holds float weights or a float bias any more."""
+    for node in graph.nodes:
+        if (
+            node.op in ("Conv", "Gemm")
+            and node.inputs[0].producer is not None
+            and node.inputs[0].producer.op == "DequantizeLinear"
+        ):
+            if any(node.constant(i) is not None for i in (1, 2)):
+                return False
+    return True
+
+
+def _constant_bytes(graph: Graph) -> int:
+    return sum(c.nbytes for c in graph.constants.values())
+
+
+def _stamp(loaded: Loaded, settings: Settings) -> None:
+    """Metadata: what was done, with which settings, from which source; nothing that differs between equal runs."""
+    chosen = {f.name: getattr(settings, f.name) for f in fields(settings)}
+    stamps = {
+        "qcompile.version": qcompile.__version__,
+        "qcompile.source_sha256": loaded.source_sha256,
+        "qcompile.settings": json.dumps(chosen, sort_keys=True),
+    }
+    shell = loaded.graph.shell
+    kept = [p for p in shell.metadata_props if p.key not in stamps]
+    del shell.metadata_props[:]
+    shell.metadata_props.extend(kept)
+    for key, value in stamps.items():
+        shell.metadata_props.add(key=key, value=value)
+    shell.producer_name, shell.producer_version = "qcompile", qcompile.__version__
+
+
+def _measure(
+    source: Path, path: Path, given: _Data, latency: bool, effort: str, progress: Progress | None
+) -> tuple[Measured, dict[str, Any]]:
+    if given.evaluation is not None:
+        return measure(source, path, given.evaluation, latency=latency, progress=progress), {"kind": "evaluation"}
+    own = given.calibration.sample(_OWN_SAMPLES if effort != "fast" else 8)
+    kind = "calibration" if given.kind == "real" else "synthetic"
+    rounds = {} if effort != "fast" else {"rounds": 5}
+    return measure(source, path, own, latency=latency, progress=progress, **rounds), {"kind": kind}
+
+
+def _report(
+    source: Path,
+    path: Path,
+    loaded: Loaded,
+    settings: Settings,
+    rows: list[dict[str, Any]],
+    audited: Audit,
+    measured: Measured,
+    context: Context,
+    given: _Data,
+) -> dict[str, Any]:
+    warnings = [*loaded.notes, *given.warnings, *measured.warnings]
+    if given.evaluation is None:
+        where = "calibration samples" if given.kind == "real" else "synthetic inputs"
+        warnings.append(f"no --eval: accuracy was measured on {where}")
+    return {
+        "qcompile": qcompile.__version__,
+        "source": {"path": str(source), "sha256": loaded.source_sha256},
+        "output": file_record(path),
+        "settings": {f.name: _plain(getattr(settings, f.name)) for f in fields(settings)},
+        "passes": rows,
+        "accuracy": measured.accuracy_json(),
+        "latency_ms": measured.latency_json(),
+        "size_bytes": measured.size_json(),
+        "nodes": nodes_json(audited),
+        "fusion": {
+            "not_fused": [vars(left) for left in audited.not_fused],
+            "leftover": [vars(left) for left in audited.leftover],
+            "integer_weight_bytes": audited.integer_weight_bytes,
+            "float_weight_bytes": audited.float_weight_bytes,
+        },
+        "data": {"calibration": given.kind, "samples": context.calibrated},
+        "warnings": warnings,
+    }
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _enforce(compiled: Compiled, measured: Measured, max_drop: float) -> Compiled:
+    """The verdict on --max-drop; anything but a pass renames the file and raises LimitError."""
+    assert measured.accuracy is not None
+    verdict = judge(measured.accuracy, max_drop)
+    compiled.report["verdict"] = verdict.as_json()
+    if verdict.outcome == "pass":
+        return compiled
+    kept = compiled.path.with_suffix(".failed" + compiled.path.suffix)
+    compiled.path.replace(kept)
+    compiled.report["output"]["path"] = str(kept)
+    failed = Compiled(kept, compiled.report)
+    raise LimitError(f"--max-drop {max_drop:g}: {verdict.reason}; the file is kept as {kept}", failed)

@@ -1,0 +1,127 @@
+"""The check after every pass: the outputs before and after, on samples, against what the pass promises to keep."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+
+from qcompile.errors import ModelError, PassError
+from qcompile.graph import Graph
+from qcompile.graph_io import write_model
+from qcompile.rewrite import Close, Exact, Pass
+from qcompile.runtime import Array, Feeds, Optimisation
+from qcompile.sessions import graph_session
+
+Outputs = list[dict[str, Array]]
+
+
+@dataclass(frozen=True)
+class Signature:
+    """Names, types and shapes of a model's inputs and outputs: a promise to its users."""
+
+    inputs: tuple[tuple[str, int, object], ...]
+    outputs: tuple[tuple[str, int, object], ...]
+
+    @staticmethod
+    def of(graph: Graph) -> Signature:
+        """The signature of `graph`."""
+        ends = [tuple((v.name, v.elem_type, v.dims) for v in values) for values in (graph.inputs, graph.outputs)]
+        return Signature(*ends)
+
+
+class Verifier:
+    """Holds the outputs of the model so far on a few feeds, and compares each new state with them."""
+
+    def __init__(self, graph: Graph, feeds: Sequence[Feeds]) -> None:
+        self.feeds = list(feeds)
+        self.signature = Signature.of(graph)
+        self._plain: Outputs | None = None
+        self._fast = self._run(graph, Optimisation.ALL, finished=False)
+        self._unfinished = False
+
+    def before(self, graph: Graph, step: Pass) -> None:
+        """Remember what an Exact pass needs: the outputs without onnxruntime's own optimisation."""
+        self._plain = self._run(graph, Optimisation.OFF, finished=False) if isinstance(step.keeps, Exact) else None
+
+    def after(self, graph: Graph, step: Pass, finished: bool) -> float | None:
+        """Check the promise of `step`; returns the SQNR in dB against the model before it (None: no difference).
+
+        `finished`: whether every weight is integer, so that onnxruntime may fuse Q/DQ. Raises PassError naming pass and output.
+        """
+        _check(graph, step)
+        if Signature.of(graph) != self.signature:
+            raise PassError(f"pass '{step.name}' changed the model's inputs or outputs; please report this model")
+        now = self._run(graph, Optimisation.ALL, finished, step)
+        if isinstance(step.keeps, Exact) and self._plain is not None:
+            _compare_exact(self._plain, self._run(graph, Optimisation.OFF, finished, step), step)
+        elif isinstance(step.keeps, Close):
+            _compare_close(self._fast, now, step.keeps.rtol, step)
+        ratio = sqnr_db(self._fast, now)
+        if not isinstance(step.keeps, Exact | Close) and ratio is not None and not ratio > step.keeps.least_sqnr_db:
+            raise PassError(
+                f"pass '{step.name}' left {ratio:.1f} dB of the signal, less than {step.keeps.least_sqnr_db} dB; "
+                "give representative --data, or keep the worst nodes float with --exclude"
+            )
+        self._fast = now
+        return ratio
+
+    def _run(self, graph: Graph, level: Optimisation, finished: bool, step: Pass | None = None) -> Outputs:
+        try:
+            session = graph_session(graph, optimisation=level, fuse_qdq=finished)
+            return [session.run(feed) for feed in self.feeds]
+        except ModelError as error:
+            if step is None:
+                raise
+            raise PassError(f"pass '{step.name}' left a model that does not run: {error}") from error
+
+
+def sqnr_db(before: Outputs, after: Outputs) -> float | None:
+    """10 log10(sum f^2 / sum (f - q)^2) over all float outputs and feeds, float64; None where there is no difference."""
+    signal = noise = 0.0
+    for old, new in zip(before, after, strict=True):
+        for name, value in old.items():
+            if value.dtype.kind != "f":
+                continue
+            finite = np.isfinite(value)
+            f, q = value[finite].astype(np.float64), new[name][finite].astype(np.float64)
+            signal += float(np.square(f).sum())
+            noise += float(np.square(f - q).sum())
+    if noise == 0:
+        return None
+    return float(10 * np.log10(signal / noise)) if signal > 0 else -np.inf
+
+
+def _check(graph: Graph, step: Pass) -> None:
+    model = write_model(graph)
+    try:
+        if sum(c.nbytes for c in graph.constants.values()) < 2**30:
+            onnx.checker.check_model(model)
+    except onnx.checker.ValidationError as error:
+        raise PassError(f"pass '{step.name}' left an invalid model: {' '.join(str(error).split())[:300]}") from error
+
+
+def _compare_exact(before: Outputs, after: Outputs, step: Pass) -> None:
+    for old, new in zip(before, after, strict=True):
+        for name, value in old.items():
+            if not np.array_equal(value, new[name], equal_nan=value.dtype.kind == "f"):
+                raise PassError(
+                    f"pass '{step.name}' promised the same bits but changed output '{name}'; please report this model"
+                )
+
+
+def _compare_close(before: Outputs, after: Outputs, rtol: float, step: Pass) -> None:
+    for old, new in zip(before, after, strict=True):
+        for name, value in old.items():
+            if value.dtype.kind != "f" or value.size == 0:
+                continue
+            finite = np.isfinite(value)
+            scale = float(np.abs(value[finite]).max(initial=0.0))
+            worst = float(np.abs(value[finite] - new[name][finite]).max(initial=0.0))
+            if worst > rtol * scale + 1e-12:
+                raise PassError(
+                    f"pass '{step.name}' moved output '{name}' by {worst:.3g}, more than {rtol:g} of its size {scale:.3g}; "
+                    "please report this model"
+                )
