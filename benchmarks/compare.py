@@ -33,9 +33,7 @@ from qcompile.runtime import Session
 HERE = Path(__file__).resolve().parent
 MODELS = HERE.parent / "models"
 ZOO = HERE.parents[1] / "shared" / "zoo"
-ZOO_TASKS = (
-    "mobilenet_v1 mobilenet_v2 squeezenet resnet20_cifar10 resnet8_cifar10 minilm_sst2 vit_mnist mnist_cnn"
-)
+ZOO_TASKS = "mobilenet_v1 mobilenet_v2 squeezenet resnet20_cifar10 resnet8_cifar10 minilm_sst2 vit_mnist mnist_cnn"
 COLUMNS = (
     "tool", "top-1 %", "drop, points", "agreement", "SQNR dB", "ms", "speed-up (95 % interval)",
     "int8 weights", "size ratio", "compile s", "peak MB",
@@ -113,10 +111,7 @@ def available_tasks(zoo: Path) -> dict[str, Task]:
         for name in ("digits_cnn", "digits_vit")
     ]
     data = zoo / "tasks.py"
-    more = [
-        Task(name, zoo / name / "model.onnx", f"{data}:{name}_calib", f"{data}:{name}_eval")
-        for name in ZOO_TASKS.split()
-    ]
+    more = [Task(name, zoo / name / "model.onnx", f"{data}:{name}_calib", f"{data}:{name}_eval") for name in ZOO_TASKS.split()]
     return {task.name: task for task in (*shipped, *more) if task.model.exists()}
 
 
@@ -132,9 +127,7 @@ def run_tool(tool: Tool, task: Task, out: Path) -> Written:
     return Written(told["seconds"], told["peak_rss_mb"], error)
 
 
-def measure(
-    task: Task, tools: Sequence[Tool], folder: Path, samples: int | None, rounds: int, slot: float
-) -> list[Row]:
+def measure(task: Task, tools: Sequence[Tool], folder: Path, samples: int | None, rounds: int, slot: float) -> list[Row]:
     """The float model's row, then one row a tool."""
     evaluation = load_dataset(task.evaluation, model_inputs(_read(task.model)), samples=samples)
     rows = [_check(task, "float", task.model, None, evaluation)]
@@ -150,9 +143,7 @@ def measure(
         paths.append(out)
     runnable = [index for index, row in enumerate(rows) if row.accuracy is not None]
     feeds = next(iter(evaluation)).feeds
-    latency = measure_latency(
-        [paths[i] for i in runnable], feeds, rounds=rounds, slot_seconds=slot, threads=1
-    )
+    latency = measure_latency([paths[i] for i in runnable], feeds, rounds=rounds, slot_seconds=slot, threads=1)
     return list(_timed(rows, runnable, latency))
 
 
@@ -265,20 +256,12 @@ def _processor() -> str:
 
 
 @click.command()
-@click.option(
-    "--task", "names", multiple=True, help="Model to compare on, several times for several. [all there are]"
-)
+@click.option("--task", "names", multiple=True, help="Model to compare on, several times for several. [all there are]")
 @click.option("--tool", "tools", multiple=True, type=click.Choice(list(TOOLS)), help="Tool to run. [all]")
 @click.option("--samples", type=click.IntRange(1), help="Use at most so many held-out samples. [all]")
-@click.option(
-    "--rounds", type=click.IntRange(1), default=15, show_default=True, help="Rounds of the latency."
-)
-@click.option(
-    "--slot", type=click.FloatRange(0, min_open=True), default=0.1, show_default=True, help="Seconds a round."
-)
-@click.option(
-    "--zoo", type=click.Path(path_type=Path), default=ZOO, show_default=True, help="Folder of more models."
-)
+@click.option("--rounds", type=click.IntRange(1), default=15, show_default=True, help="Rounds of the latency.")
+@click.option("--slot", type=click.FloatRange(0, min_open=True), default=0.1, show_default=True, help="Seconds a round.")
+@click.option("--zoo", type=click.Path(path_type=Path), default=ZOO, show_default=True, help="Folder of more models.")
 @click.option(
     "--output",
     type=click.Path(dir_okay=False, path_type=Path),
@@ -298,9 +281,7 @@ def main(
     tasks = available_tasks(zoo)
     unknown = sorted(set(names) - set(tasks))
     if unknown:
-        raise click.BadParameter(
-            f"{unknown[0]} is not there; there are {', '.join(tasks)}", param_hint="--task"
-        )
+        raise click.BadParameter(f"{unknown[0]} is not there; there are {', '.join(tasks)}", param_hint="--task")
     chosen = [TOOLS[name] for name in dict.fromkeys(tools or TOOLS)]
     results: dict[str, list[Row]] = {}
     try:

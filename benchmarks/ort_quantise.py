@@ -30,9 +30,7 @@ from qcompile.data import load_dataset, model_inputs
 from qcompile.errors import QcompileError
 
 KINDS = ("u8s8", "default", "dynamic")
-_OLDEST_OPSET = (
-    13  # per-channel Q/DQ begins here; onnxruntime writes it into older files too, which then do not load
-)
+_OLDEST_OPSET = 13  # per-channel Q/DQ begins here; onnxruntime writes it into older files too, which then do not load
 _STATIC: dict[str, dict[str, Any]] = {
     "u8s8": {"per_channel": True, "activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8},
     "default": {},

@@ -17,15 +17,11 @@ import time
 def main(command: list[str]) -> None:
     """Run `command`; its standard output is dropped, the end of its standard error goes into the JSON."""
     start = time.perf_counter()
-    process = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     assert process.stderr is not None
     errors = process.stderr.read()
     _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(
-        status
-    )  # or Popen would wait again, for a process that is gone
+    process.returncode = os.waitstatus_to_exitcode(status)  # or Popen would wait again, for a process that is gone
     unit = 1 if sys.platform == "darwin" else 1024
     json.dump(
         {

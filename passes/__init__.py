@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from qcompile.context import Settings
 from qcompile.passes.calibrate import Calibrate
-from qcompile.passes.correct_bias import CorrectBias
 from qcompile.passes.dyadic_scales import DyadicScales
 from qcompile.passes.eliminate import Eliminate
 from qcompile.passes.fold_bn import FoldBatchNorm
@@ -13,11 +12,11 @@ from qcompile.passes.fuse_linear import FuseLinear
 from qcompile.passes.integer_bias import IntegerBias
 from qcompile.passes.linear_form import LinearForm
 from qcompile.passes.quantise import Quantise
+from qcompile.passes.refine_layers import RefineLayers
 from qcompile.passes.round_weights import RoundWeights
 from qcompile.passes.search_ranges import SearchRanges
 from qcompile.passes.simplify_shapes import SimplifyShapes
 from qcompile.passes.sink_reshapes import SinkReshapes
-
 from qcompile.rewrite import Pass
 
 PASSES: tuple[Pass, ...] = (
@@ -35,7 +34,7 @@ PASSES: tuple[Pass, ...] = (
     DyadicScales(),
     RoundWeights(),
     IntegerBias(),
-    CorrectBias(),
+    RefineLayers(),
 )
 
 

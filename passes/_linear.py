@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from qcompile.passes._match import FLOATS, is_op, set_type, single_consumer, split_operands
 
 from qcompile.graph import Array, Const, Graph, Node, Tensor, Value
+from qcompile.passes._match import FLOATS, is_op, set_type, single_consumer, split_operands
 
 LINEAR = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 

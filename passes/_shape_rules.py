@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from onnx import numpy_helper
-from qcompile.passes._dims import ONE, Dim, Dims, broadcast, volume
-from qcompile.passes._match import array_of, ints_of, producer_of
 
 from qcompile.graph import Node
+from qcompile.passes._dims import ONE, Dim, Dims, broadcast, volume
+from qcompile.passes._match import array_of, ints_of, producer_of
 
 if TYPE_CHECKING:
     from qcompile.passes._shape_values import Shapes

@@ -12,11 +12,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import prod
 
+from qcompile.graph import Const, Graph, Node, Tensor, Value
 from qcompile.passes._dims import Dim, Dims, volume
 from qcompile.passes._match import is_op
 from qcompile.passes._shape_rules import INTEGERS, LARGEST, VALUES, propose
-
-from qcompile.graph import Const, Graph, Node, Tensor, Value
 
 
 class Shapes:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
+
+from qcompile.graph import Graph, Tensor
 from qcompile.passes._dims import Dim, Dims
 from qcompile.passes._match import set_type
 from qcompile.passes._shape_values import Shapes
-
-from qcompile.graph import Graph, Tensor
 
 Piece = int | tuple[Tensor, int, int]  # a number, or (x, start, end) of Shape(x)
 

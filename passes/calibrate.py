@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qcompile.passes.quantise import scale_sources
-
 from qcompile.context import Context
 from qcompile.graph import Graph, Value
+from qcompile.passes.quantise import scale_sources
 from qcompile.placement import place
 from qcompile.ranges import Observer, Thinned, observe
 from qcompile.rewrite import Exact, Promise, Report

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from qcompile.passes.quantise import set_clamp
 
 from qcompile.context import Context
 from qcompile.graph import Graph
+from qcompile.passes.quantise import set_clamp
 from qcompile.rewrite import Lossy, Promise, Report
 from qcompile.solver import solve
 

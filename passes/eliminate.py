@@ -18,12 +18,12 @@ from dataclasses import dataclass, field
 from math import prod
 
 import numpy as np
-from qcompile.passes._dims import ONE, Dims, broadcast
-from qcompile.passes._match import ints_of, is_op
-from qcompile.passes._shape_values import Shapes
 
 from qcompile.context import Context
 from qcompile.graph import Const, Graph, Node, Tensor
+from qcompile.passes._dims import ONE, Dims, broadcast
+from qcompile.passes._match import ints_of, is_op
+from qcompile.passes._shape_values import Shapes
 from qcompile.rewrite import Exact, Promise, Report
 
 _FAR = 2**31 - 1  # a slice end from here on means "to the end"

@@ -15,12 +15,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
-from qcompile.passes._linear import Linear, absorb, bias_of, linear_at, weight_of, write
-from qcompile.passes._match import array_of, is_op, set_type, single_consumer
 
 from qcompile.context import Context
 from qcompile.errors import ModelError
 from qcompile.graph import Array, Graph, Node, Value
+from qcompile.passes._linear import Linear, absorb, bias_of, linear_at, weight_of, write
+from qcompile.passes._match import array_of, is_op, set_type, single_consumer
 from qcompile.rewrite import Close, Promise, Report
 
 

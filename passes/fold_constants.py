@@ -19,12 +19,12 @@ from math import prod
 import numpy as np
 import onnx
 from onnx import ModelProto, SparseTensorProto, TensorProto, helper, numpy_helper
-from qcompile.passes._match import is_op
-from qcompile.passes._shape_values import Shapes
 
 from qcompile.context import Context
 from qcompile.errors import ModelError
 from qcompile.graph import Array, Const, Graph, Node, Tensor, Value
+from qcompile.passes._match import is_op
+from qcompile.passes._shape_values import Shapes
 from qcompile.rewrite import Exact, Promise, Report
 from qcompile.runtime import Optimisation, Session
 

@@ -13,11 +13,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
-from qcompile.passes._linear import absorb, channel_vector, linear_at
-from qcompile.passes._match import is_op, single_consumer, split_operands
 
 from qcompile.context import Context
 from qcompile.graph import Array, Graph, Node
+from qcompile.passes._linear import absorb, channel_vector, linear_at
+from qcompile.passes._match import is_op, single_consumer, split_operands
 from qcompile.rewrite import Close, Promise, Report
 
 

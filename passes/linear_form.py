@@ -16,14 +16,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
+
+from qcompile.context import Context
+from qcompile.graph import Graph, Node, Tensor, Value
 from qcompile.passes._dims import ONE, Dim, Dims
 from qcompile.passes._linear import Linear, bias_of, linear_at, weight_of, write
 from qcompile.passes._match import ints_of, is_op, set_type, single_consumer, split_operands
 from qcompile.passes._shape_values import Shapes
 from qcompile.passes._shape_vector import Targets
-
-from qcompile.context import Context
-from qcompile.graph import Graph, Node, Tensor, Value
 from qcompile.rewrite import Close, Promise, Report
 
 _ENDS = ("Flatten", "Reshape", "Squeeze", "Softmax", "LogSoftmax", "Sigmoid", "ArgMax", "Identity", "Dropout")

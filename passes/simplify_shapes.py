@@ -15,14 +15,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
+
+from qcompile.context import Context
+from qcompile.graph import Const, Graph, Node, Tensor
 from qcompile.passes._dims import Dim, Dims
 from qcompile.passes._match import is_op, producer_of
 from qcompile.passes._shape_rules import VALUES
 from qcompile.passes._shape_values import Shapes
 from qcompile.passes._shape_vector import pieces_of, shape_vector
-
-from qcompile.context import Context
-from qcompile.graph import Const, Graph, Node, Tensor
 from qcompile.rewrite import Exact, Promise, Report
 
 

@@ -14,13 +14,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
+
+from qcompile.context import Context
+from qcompile.graph import Const, Graph, Node, Tensor, Value
 from qcompile.passes._dims import Dim, Dims, volume
 from qcompile.passes._match import is_op, producer_of, set_type
 from qcompile.passes._shape_values import Shapes
 from qcompile.passes._shape_vector import Targets
-
-from qcompile.context import Context
-from qcompile.graph import Const, Graph, Node, Tensor, Value
 from qcompile.rewrite import Exact, Promise, Report
 
 _ROWWISE = ("LayerNormalization", "Softmax", "LogSoftmax", "RMSNormalization")

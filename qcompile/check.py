@@ -11,14 +11,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import onnx
-
 import qcompile
 from qcompile.accuracy import Accuracy, FeedsMap, compare
 from qcompile.audit import Audit, audit
 from qcompile.data import Dataset, Sample, load_dataset
-from qcompile.errors import DataError, ModelError
+from qcompile.errors import DataError, LimitError
 from qcompile.latency import Latency, measure_latency
+from qcompile.model_file import read_model
 from qcompile.quantised_inputs import feeds_map
 from qcompile.report_file import file_record, peak_rss_mb
 from qcompile.runtime import Feeds, Session
@@ -58,6 +57,14 @@ class Measured:
     def size_json(self) -> dict[str, object]:
         """The report's `size_bytes`; `ratio` is quantised / float."""
         return {"float": self.float_bytes, "quantised": self.quantised_bytes, "ratio": self.quantised_bytes / self.float_bytes}
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What a LimitError of `check_models` carries: the file that was judged, and the report."""
+
+    path: Path
+    report: dict[str, Any]
 
 
 def measure(
@@ -120,6 +127,21 @@ def nodes_json(audited: Audit) -> dict[str, object]:
     }
 
 
+def fusion_json(audited: Audit) -> dict[str, object]:
+    """The report's `fusion`: what was meant to be integer and is not, and how many bytes of weights each kind of kernel reads."""
+    return {
+        "not_fused": [asdict(left) for left in audited.not_fused],
+        "leftover": [asdict(left) for left in audited.leftover],
+        "integer_weight_bytes": audited.integer_weight_bytes,
+        "float_weight_bytes": audited.float_weight_bytes,
+    }
+
+
+def broke_limit(verdict: Verdict) -> bool:
+    """Whether the verdict is one for exit status 3. Samples that cannot decide have broken nothing; the report says so."""
+    return verdict.outcome == "fail"
+
+
 def check_models(
     float_model: str | Path,
     quantised: str | Path,
@@ -134,7 +156,7 @@ def check_models(
 ) -> dict[str, Any]:
     """The report of `qcompile check`: that of a compilation, without its passes.
 
-    Raises ModelError, DataError and InputError. A broken limit is no error here: `report["verdict"]["outcome"]` is "fail".
+    Raises ModelError, DataError and InputError, and LimitError, which carries the report, where `max_drop` is broken.
     """
     start = time.perf_counter()
     float_path, quantised_path = Path(float_model), Path(quantised)
@@ -158,13 +180,16 @@ def check_models(
         "latency_ms": measured.latency_json(),
         "size_bytes": measured.size_json(),
         "nodes": nodes_json(audited),
-        "fusion": asdict(audited),
+        "fusion": fusion_json(audited),
         "warnings": list(measured.warnings),
     }
-    if max_drop is not None:
-        report["verdict"] = judge(measured.accuracy, max_drop).as_json()
     report["seconds"] = time.perf_counter() - start
     report["peak_rss_mb"] = peak_rss_mb()
+    if max_drop is not None:
+        verdict = judge(measured.accuracy, max_drop)
+        report["verdict"] = verdict.as_json()
+        if broke_limit(verdict):
+            raise LimitError(f"{quantised_path}: {verdict.reason}", Checked(quantised_path, report))
     return report
 
 
@@ -210,19 +235,9 @@ class _Stream:
 
 
 def _inputs(float_path: Path, quantised_path: Path) -> tuple[list[InputInfo], FeedsMap | None]:
-    inputs = model_inputs(_read(float_path))
-    return inputs, feeds_map(inputs, _read(quantised_path), quantised_path)
+    inputs = model_inputs(read_model(float_path))
+    return inputs, feeds_map(inputs, read_model(quantised_path), quantised_path)
 
 
 def _made_up(inputs: list[InputInfo]) -> Feeds:
     return next(iter(synthetic_dataset(inputs, 1, seed=0))).feeds
-
-
-def _read(path: Path) -> onnx.ModelProto:
-    """The model without its external data."""
-    try:
-        return onnx.load(path, load_external_data=False)
-    except OSError as error:
-        raise ModelError(f"{path}: cannot be read ({error.strerror}); give the path of an ONNX file") from error
-    except Exception as error:  # protobuf's DecodeError differs between its implementations
-        raise ModelError(f"{path}: is not an ONNX model, or is cut off; export it again") from error

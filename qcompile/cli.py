@@ -15,10 +15,20 @@ import click
 import qcompile
 from qcompile.command_group import CompileCommand, CompileGroup, Invocation, LaterChoice, run
 from qcompile.errors import LimitError
-from qcompile.printing import TerminalProgress, console, print_bench, print_passes, print_report, print_rescales, print_summary
+from qcompile.printing import (
+    TerminalProgress,
+    console,
+    print_bench,
+    print_passes,
+    print_report,
+    print_rescales,
+    print_rows,
+    print_summary,
+)
 from qcompile.report_file import check_report_path, write_report
 
 _FILE = click.Path(path_type=Path)
+_FOLDER = click.Path(path_type=Path, file_okay=False)
 
 
 def _set_traceback(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
@@ -83,7 +93,7 @@ def cli() -> None:
     "--inputs-as", type=click.Choice(["float32", "uint8"]), default="float32", help="Type of the model's inputs.  [float32]"
 )
 @click.option("--no-bias-correction", is_flag=True, help="Leave biases as they are.")
-@click.option("--dump-passes", type=_FILE, metavar="DIR", help="Write the model after every pass.")
+@click.option("--dump-passes", type=_FOLDER, metavar="DIR", help="Write the model after every pass.")
 @_SEED
 @_NO_LATENCY
 @_QUIET
@@ -125,9 +135,8 @@ def compile_command(
                 **options,
             )
     except LimitError as error:
-        failed = getattr(error, "compiled", None)
-        if failed is not None:
-            _deliver(failed.report, report, quiet=quiet, written=failed.path)
+        failed = error.compiled
+        _deliver(getattr(failed, "report", {}), report, quiet=quiet, written=getattr(failed, "path", None))
         raise
     _deliver(compiled.report, report, quiet=quiet, written=compiled.path)
     return 0
@@ -158,28 +167,34 @@ def check(
     _check_report(report, float_model, quantised)
     from qcompile.check import check_models
 
-    with TerminalProgress(quiet=quiet) as progress:
-        found = check_models(float_model, quantised, eval_data, latency=not no_latency, progress=progress, **options)
+    try:
+        with TerminalProgress(quiet=quiet) as progress:
+            found = check_models(float_model, quantised, eval_data, latency=not no_latency, progress=progress, **options)
+    except LimitError as error:
+        _deliver(getattr(error.compiled, "report", {}), report, quiet=quiet)
+        raise
     _deliver(found, report, quiet=quiet)
-    verdict = found.get("verdict")
-    if verdict is not None and verdict["outcome"] == "fail":
-        raise LimitError(f"{quantised}: {verdict['reason']}")
     return 0
 
 
 @cli.command()
 @click.argument("model", type=_FILE)
 @click.option("--dyadic", is_flag=True, help="List b and c of every rescale, b/2^c, derived again from the file.")
+@click.option("--nodes", is_flag=True, help="List the nodes' names, as --exclude takes them.")
 @click.option("--require-exact", is_flag=True, help="With --dyadic: exit status 3 unless all are exact.")
 @_TRACEBACK
-def inspect(model: Path, dyadic: bool, require_exact: bool) -> int:
+def inspect(model: Path, dyadic: bool, nodes: bool, require_exact: bool) -> int:
     """Show what MODEL holds."""
     if require_exact and not dyadic:
         raise click.UsageError("--require-exact goes with --dyadic")
     from qcompile.inspection import rescales, summary
+    from qcompile.model_file import list_nodes
 
+    if nodes:
+        print_rows(("name", "operator", "first output"), list_nodes(model), console())
     if not dyadic:
-        print_summary(summary(model), console())
+        if not nodes:
+            print_summary(summary(model), console())
         return 0
     found = rescales(model)
     print_rescales(found, console())
@@ -233,6 +248,8 @@ def _check_report(report: Path | None, *models: Path | None) -> None:
 def _deliver(found: Mapping[str, Any], path: Path | None, *, quiet: bool, written: Path | None = None) -> None:
     """The report into its file first: a reader of the tables may go away."""
 
+    if not found:
+        return
     if path is not None:
         write_report(found, path)
     if not quiet:

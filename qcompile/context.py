@@ -55,7 +55,6 @@ class Context:
     plan: Plan | None = None
     calibration: Callable[[], Iterable[Feeds]] = tuple
     calibrated: int = 0
-    corrected: bool = False
     synthetic: bool = False
     progress: Callable[[str], None] | None = None
 

@@ -81,3 +81,4 @@ class Plan:
     pools: list[PoolSite] = field(default_factory=list)
     clamps: list[ClampSite] = field(default_factory=list)
     searched: bool = False
+    refined: bool = False

@@ -220,8 +220,9 @@ def _accuracy_rows(report: Mapping[str, Any]) -> Iterable[tuple[str, str, str, s
 
 
 def _over(report: Mapping[str, Any], samples: int) -> str:
-    made_up = (report.get("data") or {}).get("evaluation") == "synthetic"
-    return f"over {samples} {'synthetic ' if made_up else ''}sample{'s' if samples != 1 else ''}"
+    kind = ((report.get("data") or {}).get("evaluation") or {}).get("kind", "evaluation")
+    which = "" if kind == "evaluation" else f"{kind} "
+    return f"over {samples} {which}sample{'s' if samples != 1 else ''}"
 
 
 def _latency_rows(report: Mapping[str, Any]) -> Iterable[tuple[str, str, str, str]]:

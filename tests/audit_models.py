@@ -34,9 +34,7 @@ class Build:
         return name
 
     def _scale(self, name: str, channels: int | None, zero: np.generic) -> list[str]:
-        value = (
-            SCALE**2 if isinstance(zero, np.int32) else SCALE
-        )  # a bias has the scale of the products it is added to
+        value = SCALE**2 if isinstance(zero, np.int32) else SCALE  # a bias has the scale of the products it is added to
         scale = np.float32(value) if channels is None else np.full(channels, value, np.float32)
         return [
             self.constant(f"{name}_scale", scale),

@@ -64,9 +64,7 @@ class Net:
     def node(self, op: str, inputs: list[str], name: str = "", domain: str = "", **attributes: Any) -> str:
         self.count += 1
         out = f"t{self.count}"
-        self.nodes.append(
-            helper.make_node(op, inputs, [out], name or f"{op}_{self.count}", domain=domain, **attributes)
-        )
+        self.nodes.append(helper.make_node(op, inputs, [out], name or f"{op}_{self.count}", domain=domain, **attributes))
         return out
 
     def ends(self, t: Tensor) -> list[str]:

@@ -63,9 +63,7 @@ def test_sqnr_and_cosine_equal_exact_arithmetic(pairs: list[tuple[int, int]], ba
         assert result.identical
     else:
         assert result.sqnr_db == pytest.approx(10 * math.log10(signal / noise), rel=1e-12, abs=1e-12)
-        assert result.cosine == pytest.approx(
-            float(product) / math.sqrt(signal * power), rel=1e-12, abs=1e-12
-        )
+        assert result.cosine == pytest.approx(float(product) / math.sqrt(signal * power), rel=1e-12, abs=1e-12)
         assert not result.identical
 
 
@@ -203,9 +201,7 @@ def test_integer_outputs_hold_class_ids_where_no_output_is_float() -> None:
 
 def test_a_float_output_goes_before_class_ids_and_ids_stay_out_of_the_sums() -> None:
     comparison = Comparison()
-    comparison.update(
-        {"id": np.array([1]), "p": f32([[0.25, 0.75]])}, {"id": np.array([7]), "p": f32([[0.25, 0.75]])}, 1
-    )
+    comparison.update({"id": np.array([1]), "p": f32([[0.25, 0.75]])}, {"id": np.array([7]), "p": f32([[0.25, 0.75]])}, 1)
     result = comparison.result()
     assert (result.top1_agreement, result.sqnr_db, result.identical) == (1, None, False)
 
@@ -307,9 +303,7 @@ def test_the_report_is_strict_json_with_stable_keys() -> None:
 def test_compare_runs_both_models_on_every_sample() -> None:
     head = '<ir_version: 8, opset_import: ["": 17]>'
     exact = Session(onnx.parser.parse_model(head + "g (float[N,C] x) => (float[N,C] y) { y = Neg(x) }"))
-    coarse = Session(
-        onnx.parser.parse_model(head + "g (uint8[N,C] x) => (float[N,C] y) { c = Cast<to=1>(x) y = Neg(c) }")
-    )
+    coarse = Session(onnx.parser.parse_model(head + "g (uint8[N,C] x) => (float[N,C] y) { c = Cast<to=1>(x) y = Neg(c) }"))
     samples = [Sample({"x": f32([[i + 0.25, 5 - i, 2]])}, 0 if i < 2 else 1) for i in range(5)]
     ticks: list[int] = []
     result = compare(
@@ -328,9 +322,7 @@ def test_compare_runs_both_models_on_every_sample() -> None:
 
 
 def test_compare_without_samples_is_refused() -> None:
-    model = onnx.parser.parse_model(
-        '<ir_version: 8, opset_import: ["": 17]> g (float x) => (float y) { y = Neg(x) }'
-    )
+    model = onnx.parser.parse_model('<ir_version: 8, opset_import: ["": 17]> g (float x) => (float y) { y = Neg(x) }')
     with pytest.raises(DataError, match="--eval"):
         compare(Session(model), Session(model), [])
 

@@ -69,9 +69,7 @@ def test_a_rescale_with_no_operator() -> None:
     """)
     found = audit_optimised(model, model)
     assert [left.node for left in found.leftover] == ["b", "c"]
-    assert {left.reason for left in found.leftover} == {
-        "a rescale from one scale to another with no operator to carry it"
-    }
+    assert {left.reason for left in found.leftover} == {"a rescale from one scale to another with no operator to carry it"}
 
 
 def test_floats_at_the_ends_and_beside_kept_operators_are_no_finding() -> None:
@@ -123,9 +121,7 @@ def test_operators_on_integer_tensors_are_integer_operators_and_moves_are_none()
     [
         pytest.param(conv, 4 * 4 * 3 * 3, 0, id="int8"),
         pytest.param(lambda: conv(output=False), 0, 4 * 4 * 3 * 3 * 4, id="int8-read-as-float"),
-        pytest.param(
-            lambda: conv(weight=lambda b: int4(b, cast=True)), 4 * 4 * 3 * 3, 0, id="int4-in-int8-kernel"
-        ),
+        pytest.param(lambda: conv(weight=lambda b: int4(b, cast=True)), 4 * 4 * 3 * 3, 0, id="int4-in-int8-kernel"),
     ],
 )
 def test_weight_bytes_are_what_the_kernel_reads(

@@ -124,9 +124,7 @@ NOT_FUSED: dict[str, tuple[Callable[[], onnx.ModelProto], str, str]] = {
 
 
 @pytest.mark.parametrize(("make", "op", "reason"), NOT_FUSED.values(), ids=NOT_FUSED)
-def test_a_node_that_did_not_fuse_is_named_with_its_reason(
-    make: Callable[[], onnx.ModelProto], op: str, reason: str
-) -> None:
+def test_a_node_that_did_not_fuse_is_named_with_its_reason(make: Callable[[], onnx.ModelProto], op: str, reason: str) -> None:
     found = audit(make())
     assert [(left.node, left.op) for left in found.not_fused] == [("y_node", op)]
     assert reason in found.not_fused[0].reason
@@ -221,9 +219,7 @@ def test_layer_normalization_between_integers_has_no_kernel() -> None:
     b = Build()
     y = b.node("LayerNormalization", [b.qdq("x"), b.constant("gamma", np.ones(8, np.float32))], "y")
     found = audit(b.model({"x": [2, 8]}, [b.qdq(y)]))
-    assert {left.reason for left in found.leftover} == {
-        "LayerNormalization: onnxruntime has no integer kernel for it"
-    }
+    assert {left.reason for left in found.leftover} == {"LayerNormalization: onnxruntime has no integer kernel for it"}
     assert found.float_ops == {"LayerNormalization": 1}
 
 
@@ -232,6 +228,4 @@ def test_two_operators_without_quantisation_between_them() -> None:
     y = b.node("Add", [b.qdq("x"), b.qdq("x2")], "y")
     z = b.node("Mul", [y, b.qdq("x3")], "z")
     found = audit(b.model({"x": [2, 8], "x2": [2, 8], "x3": [2, 8]}, [b.qdq(z)]))
-    assert {left.reason for left in found.leftover} == {
-        "no QuantizeLinear and DequantizeLinear between y_node, z_node"
-    }
+    assert {left.reason for left in found.leftover} == {"no QuantizeLinear and DequantizeLinear between y_node, z_node"}

@@ -9,6 +9,9 @@ import numpy as np
 import onnx
 import pytest
 from onnx import version_converter
+
+from qcompile.context import Context
+from qcompile.graph import Array, Graph
 from qcompile.passes.eliminate import Eliminate
 from qcompile.passes.fold_bn import FoldBatchNorm
 from qcompile.passes.fold_constants import FoldConstants
@@ -16,9 +19,6 @@ from qcompile.passes.fuse_linear import FuseLinear
 from qcompile.passes.linear_form import LinearForm
 from qcompile.passes.simplify_shapes import SimplifyShapes
 from qcompile.passes.sink_reshapes import SinkReshapes
-
-from qcompile.context import Context
-from qcompile.graph import Array, Graph
 from qcompile.rewrite import Pass
 from qcompile.runtime import Optimisation, Session
 

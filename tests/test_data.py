@@ -45,9 +45,7 @@ def labels_of(data: Dataset) -> list[Any]:
 @pytest.mark.parametrize("compress", [False, True], ids=["stored", "deflated"])
 def test_npz_gives_batches_of_one_with_labels(tmp_path: Path, compress: bool) -> None:
     x, path = rows(5, 3), tmp_path / "a.npz"
-    (np.savez_compressed if compress else np.savez)(
-        path, x=x, labels=np.arange(5) * 10, calib_other=np.zeros(2)
-    )
+    (np.savez_compressed if compress else np.savez)(path, x=x, labels=np.arange(5) * 10, calib_other=np.zeros(2))
     data = load_dataset(str(path), [X])
     assert data.count == 5
     assert data.has_labels
@@ -196,9 +194,7 @@ def test_npz_labels_that_are_no_classes_stay_arrays(tmp_path: Path) -> None:
         "pickled objects",
     ],
 )
-def test_npz_refused_on_loading(
-    tmp_path: Path, arrays: dict[str, Any], inputs: list[InputInfo], message: str
-) -> None:
+def test_npz_refused_on_loading(tmp_path: Path, arrays: dict[str, Any], inputs: list[InputInfo], message: str) -> None:
     path = save(tmp_path / "a.npz", **arrays)
     with pytest.raises(DataError, match=message) as caught:
         load_dataset(path, inputs)
@@ -248,9 +244,7 @@ def test_npz_of_a_newer_npy_version_is_refused(tmp_path: Path) -> None:
 def test_npz_of_npy_version_two(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive, archive.open("x.npy", "w") as stream:
         np.lib.format.write_array(stream, rows(2, 3), version=(2, 0))
-    np.testing.assert_array_equal(
-        np.concatenate([s.feeds["x"] for s in load_dataset(str(tmp_path / "a.npz"), [X])]), rows(2, 3)
-    )
+    np.testing.assert_array_equal(np.concatenate([s.feeds["x"] for s in load_dataset(str(tmp_path / "a.npz"), [X])]), rows(2, 3))
 
 
 # --- directories of .npz ----------------------------------------------------------------------------------------------
@@ -506,9 +500,7 @@ def test_a_bad_sample_is_named_by_file_and_index(tmp_path: Path) -> None:
         list(data)
 
 
-@given(
-    st.integers(-(2**63), 2**63 - 1), st.sampled_from([np.uint8, np.int8, np.int32, np.float16, np.float32])
-)
+@given(st.integers(-(2**63), 2**63 - 1), st.sampled_from([np.uint8, np.int8, np.int32, np.float16, np.float32]))
 def test_integers_are_converted_exactly_or_refused(value: int, dtype: Any) -> None:
     try:
         got = conform({"x": np.array([value], np.int64)}, [info((1,), dtype)], "here")["x"]

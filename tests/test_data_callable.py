@@ -84,9 +84,7 @@ def test_data_stream_one_item_at_a_time(file: Path) -> None:
     iterator = iter(load_dataset(f"{write(file, text)}:f", [X]))
     next(iterator)
     next(iterator)
-    (module,) = (
-        m for n, m in sys.modules.items() if n.startswith("qcompile_data_loader_") and hasattr(m, "made")
-    )
+    (module,) = (m for n, m in sys.modules.items() if n.startswith("qcompile_data_loader_") and hasattr(m, "made"))
     assert module.made == [0, 1]
     del sys.modules[module.__name__]
 
@@ -148,11 +146,7 @@ def test_a_module_of_the_working_directory(tmp_path: Path, monkeypatch: pytest.M
 def test_refused_on_loading(file: Path, text: str, message: str) -> None:
     with pytest.raises(DataError, match=rf"^{file}:f: {message}"):
         load_dataset(f"{write(file, text)}:f", [X])
-    assert not [
-        n
-        for n, m in sys.modules.items()
-        if getattr(m, "__file__", "") == str(file) and not hasattr(m, "feed")
-    ]
+    assert not [n for n, m in sys.modules.items() if getattr(m, "__file__", "") == str(file) and not hasattr(m, "feed")]
 
 
 @pytest.mark.parametrize(

@@ -220,18 +220,13 @@ def test_tie_free_ratio(ratios: list[float], expected: tuple[int, list[int]] | N
 # --- the same as onnxruntime ----------------------------------------------------------------------------------
 
 
-def _operator(
-    op: str, inputs: dict[str, Array], fed: dict[str, Array], kind: int, **attributes: Any
-) -> Array:
+def _operator(op: str, inputs: dict[str, Array], fed: dict[str, Array], kind: int, **attributes: Any) -> Array:
     """One QLinear operator on constants and feeds, with onnxruntime."""
     domain = "" if op in ("QLinearConv", "QLinearMatMul") else "com.microsoft"
     graph = helper.make_graph(
         [helper.make_node(op, list(inputs), ["y"], domain=domain, **attributes)],
         "g",
-        [
-            helper.make_tensor_value_info(n, helper.np_dtype_to_tensor_dtype(v.dtype), v.shape)
-            for n, v in fed.items()
-        ],
+        [helper.make_tensor_value_info(n, helper.np_dtype_to_tensor_dtype(v.dtype), v.shape) for n, v in fed.items()],
         [helper.make_tensor_value_info("y", kind, None)],
         [numpy_helper.from_array(v, n) for n, v in inputs.items() if n not in fed],
     )
@@ -301,9 +296,7 @@ def test_onnxruntime_matmul_rescales_alike(b: int, c: int) -> None:
     inputs |= {"ys": np.asarray(np.float32(1)), "yz": np.asarray(np.uint8(100))}
     got = _operator("QLinearMatMul", inputs, {"x": x}, TensorProto.UINT8)
     acc = (x.astype(np.int64) - 120) @ w.astype(np.int64)
-    expected = np.array(
-        [[min(max(half_even(Fraction(int(v) * b, 2**c)) + 100, 0), 255) for v in r] for r in acc]
-    )
+    expected = np.array([[min(max(half_even(Fraction(int(v) * b, 2**c)) + 100, 0), 255) for v in r] for r in acc])
     assert np.array_equal(got, expected)
 
 

@@ -3,9 +3,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from passes_helpers import check_pass, floats, ops, parse
-from qcompile.passes.eliminate import Eliminate
 
 from qcompile.graph import Array
+from qcompile.passes.eliminate import Eliminate
 
 X = floats(2, 3, 4)
 X[0, 0, :2] = [-0.0, 0.0]

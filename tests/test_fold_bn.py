@@ -3,11 +3,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from passes_helpers import check_pass, floats, ops, parse
-from qcompile.passes.fold_bn import FoldBatchNorm
 
 from qcompile.context import Context
 from qcompile.errors import ModelError
 from qcompile.graph import Array, Graph
+from qcompile.passes.fold_bn import FoldBatchNorm
 
 
 def statistics(channels: int, seed: int = 0) -> dict[str, Array]:

@@ -4,9 +4,9 @@ import numpy as np
 import onnx
 import pytest
 from passes_helpers import check_pass, floats, ops, parse
-from qcompile.passes.fold_constants import FoldConstants
 
 from qcompile.graph import Array, Graph
+from qcompile.passes.fold_constants import FoldConstants
 
 X = floats(2, 3)
 

@@ -4,9 +4,9 @@ import numpy as np
 import onnx
 import pytest
 from passes_helpers import check_pass, floats, ops, parse
-from qcompile.passes.fuse_linear import FuseLinear
 
 from qcompile.graph import Array, Graph
+from qcompile.passes.fuse_linear import FuseLinear
 
 C = floats(4, seed=1) + 3
 

@@ -165,9 +165,7 @@ def test_centre_crop_without_resize_where_one_side_fits(tmp_path: Path) -> None:
 def test_resize_keeps_the_proportions_and_the_centre(
     tmp_path: Path, height: int, width: int, text: str, size: tuple[int, int]
 ) -> None:
-    ramp = np.stack(np.broadcast_arrays(np.arange(height)[:, None], np.arange(width), 7), axis=-1).astype(
-        np.uint8
-    )
+    ramp = np.stack(np.broadcast_arrays(np.arange(height)[:, None], np.arange(width), 7), axis=-1).astype(np.uint8)
     Image.fromarray(ramp).save(tmp_path / "a.png")
     got = one(tmp_path, f"raw,size=16{',' if text else ''}{text}", info(("N", 3, None, None)))[0]
     # Independent: sample the ramp at the centre of every cropped pixel; antialiasing keeps a ramp a ramp inside.
@@ -232,9 +230,7 @@ def test_an_empty_class_folder_keeps_its_number(tmp_path: Path) -> None:
 def test_labels_file(tmp_path: Path) -> None:
     picture(tmp_path / "b.png")
     picture(tmp_path / "sub" / "a.png")
-    (tmp_path / "labels.csv").write_text(
-        "\ufefflabel,file,note\n7,sub/a.png,x\n3, b.png ,y\n", encoding="utf-8"
-    )
+    (tmp_path / "labels.csv").write_text("\ufefflabel,file,note\n7,sub/a.png,x\n3, b.png ,y\n", encoding="utf-8")
     assert names(list_images(tmp_path)) == [("b.png", 3), ("a.png", 7)]
     data = load_dataset(str(tmp_path), [NCHW], preprocess="raw")
     assert [s.label for s in data] == [3, 7]

@@ -100,9 +100,7 @@ def one(model: onnx.ModelProto) -> Rescale:
 def scaled(net: Net, shape: list[int], factor: float) -> None:
     """Multiply the first float constant of this shape."""
     constant = next(t for t in net.constants if list(t.dims) == shape and t.data_type == TensorProto.FLOAT)
-    constant.CopyFrom(
-        numpy_helper.from_array(numpy_helper.to_array(constant) * np.float32(factor), constant.name)
-    )
+    constant.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(constant) * np.float32(factor), constant.name))
 
 
 @BOTH
@@ -175,9 +173,7 @@ def test_bias_alpha_and_axis_in_qdq() -> None:
         third.input[1] = net.const(np.full(8, 0.1))
 
     def alpha(net: Net) -> None:
-        next(n for n in net.nodes if n.op_type == "Gemm").attribute.append(
-            helper.make_attribute("alpha", 2.0)
-        )
+        next(n for n in net.nodes if n.op_type == "Gemm").attribute.append(helper.make_attribute("alpha", 2.0))
 
     def axis(net: Net) -> None:
         second = [n for n in net.nodes if n.op_type == "DequantizeLinear"][1]
@@ -259,9 +255,7 @@ def test_float_work_between_quantised_tensors() -> None:
 def test_qlinear_operators_outside_the_promise() -> None:
     net = Net("qoperator")
     x = net.input([2, 8], SX, ZX)
-    y = net.node(
-        "QLinearSigmoid", [x.name, *net.ends(x), *net.ends(Tensor("", 1 / 256, 0))], domain="com.microsoft"
-    )
+    y = net.node("QLinearSigmoid", [x.name, *net.ends(x), *net.ends(Tensor("", 1 / 256, 0))], domain="com.microsoft")
     assert "in float" in one(net.model(y)).reason
 
 

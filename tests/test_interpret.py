@@ -41,9 +41,7 @@ def samples(shape: tuple[int, ...], scale: float = SX, zero: int = ZX) -> list[A
     ]
 
 
-def same(
-    model: onnx.ModelProto, feeds: list[dict[str, Array]], layout: str, exact: bool = True
-) -> Interpreter:
+def same(model: onnx.ModelProto, feeds: list[dict[str, Array]], layout: str, exact: bool = True) -> Interpreter:
     """Assert equality with onnxruntime at every promised level, types and shapes included."""
     interpreter = Interpreter(model)
     sessions = [Session(model, optimisation=level) for level in levels(layout)]
@@ -55,9 +53,7 @@ def same(
             for name, value in expected.items():
                 assert got[name].dtype == value.dtype
                 assert got[name].shape == value.shape
-                assert np.array_equal(got[name], value), (
-                    f"{np.sum(got[name] != value)} of {value.size} differ"
-                )
+                assert np.array_equal(got[name], value), f"{np.sum(got[name] != value)} of {value.size} differ"
     if exact:
         assert interpreter.float_nodes == []
     return interpreter
@@ -209,9 +205,7 @@ def test_matmul_of_two_activations(layout: str) -> None:
     else:
         out = net.ends(Tensor("", sy, ZY))
         y = Tensor(net.node("QLinearMatMul", [a.name, *net.ends(a), b.name, *net.ends(b), *out]), sy, ZY)
-    feeds = [
-        {"x0": u, "x1": v} for u, v in zip(samples((2, 4, 6), 0.25), samples((2, 6, 5), 0.75), strict=True)
-    ]
+    feeds = [{"x0": u, "x1": v} for u, v in zip(samples((2, 4, 6), 0.25), samples((2, 6, 5), 0.75), strict=True)]
     same(net.model(y.name), feeds, layout)
 
 
@@ -344,9 +338,7 @@ def test_qlinear_concat_with_unequal_zero_points_only() -> None:
     parts = [a.name, *net.ends(a), b.name, *net.ends(b)]
     y = net.node("QLinearConcat", [*ends, *parts], domain="com.microsoft", axis=1)
     values = samples((1, 2, 3))
-    same(
-        net.model(y), [{"x0": u, "x1": v} for u, v in zip(values, reversed(values), strict=True)], "qoperator"
-    )
+    same(net.model(y), [{"x0": u, "x1": v} for u, v in zip(values, reversed(values), strict=True)], "qoperator")
 
 
 def test_scalar_shape_arithmetic() -> None:
@@ -420,9 +412,7 @@ def test_float_head_is_named() -> None:
 def test_float_in_the_middle_runs_and_is_named() -> None:
     net = Net("qdq")
     x = net.input([2, 5, 30], SX, ZX)
-    norm = net.node(
-        "LayerNormalization", [net.dq(x), net.const(np.ones(30)), net.const(np.zeros(30))], name="norm"
-    )
+    norm = net.node("LayerNormalization", [net.dq(x), net.const(np.ones(30)), net.const(np.zeros(30))], name="norm")
     y = net.linear("MatMul", net.q(norm, SX, ZX), weights((30, 8)), TIES, (SY, ZY))
     interpreter = same(net.model(y.name), [{"x0": samples((2, 5, 30))[0]}], "qdq", exact=False)
     assert interpreter.float_nodes == ["norm"]
@@ -462,9 +452,7 @@ def test_int4_straight_into_dequantize_is_float_work() -> None:
     scales = np.linspace(0.1, 0.6, 12).reshape(2, 6)
     blocked = net.node("DequantizeLinear", ["packed", net.const(scales)], axis=0, block_size=4)
     by_axis = net.node("DequantizeLinear", ["packed", net.const(scales[0])], axis=1)
-    y = net.node(
-        "Add", [net.node("MatMul", ["x0", blocked]), net.node("MatMul", ["x0", by_axis])], name="sum"
-    )
+    y = net.node("Add", [net.node("MatMul", ["x0", blocked]), net.node("MatMul", ["x0", by_axis])], name="sum")
     model = net.model(y, types={y: TensorProto.FLOAT})
     interpreter = Interpreter(model)
     feed = {"x0": samples((2, 8))[0]}
@@ -764,9 +752,7 @@ def test_exact_matmul_in_both_ranges() -> None:
     rng = np.random.default_rng(0)
     for limit in (2**20, 2**29):  # float64 product, then int64 product
         a, b = rng.integers(-limit, limit, (3, 4, 5)), rng.integers(-limit, limit, (3, 5, 6))
-        assert np.array_equal(
-            exact_matmul(a, b), np.matmul(a.astype(object), b.astype(object)).astype(np.int64)
-        )
+        assert np.array_equal(exact_matmul(a, b), np.matmul(a.astype(object), b.astype(object)).astype(np.int64))
     with pytest.raises(ModelError, match="beyond int64"):
         exact_matmul(np.full((1, 4), 2**31), np.full((4, 1), 2**31))
 

@@ -18,9 +18,7 @@ from qcompile.errors import InputError, ModelError
 from qcompile.latency import Latency, measure_latency, paired_ratio
 from qcompile.runtime import Array, Feeds
 
-MODEL = onnx.parser.parse_model(
-    '<ir_version: 8, opset_import: ["": 17]> g (float[N] x) => (float[N] y) { y = Neg(x) }'
-)
+MODEL = onnx.parser.parse_model('<ir_version: 8, opset_import: ["": 17]> g (float[N] x) => (float[N] y) { y = Neg(x) }')
 FEEDS = {"x": np.ones(3, np.float32)}
 
 
@@ -156,9 +154,7 @@ def test_the_number_of_feeds_must_fit() -> None:
         measure_latency([MODEL, MODEL], [FEEDS])
 
 
-@pytest.mark.parametrize(
-    ("rounds", "slot", "threads"), [(0, 0.1, 1), (1, 0.0, 1), (1, math.nan, 1), (1, 0.1, 0)], ids=str
-)
+@pytest.mark.parametrize(("rounds", "slot", "threads"), [(0, 0.1, 1), (1, 0.0, 1), (1, math.nan, 1), (1, 0.1, 0)], ids=str)
 def test_arguments_that_measure_nothing_are_refused(rounds: int, slot: float, threads: int) -> None:
     with pytest.raises(InputError, match="at least one round"):
         measure_latency([MODEL], FEEDS, rounds=rounds, slot_seconds=slot, threads=threads)

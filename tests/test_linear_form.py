@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from passes_helpers import check_pass, floats, ops, parse
+
 from qcompile.passes.linear_form import LinearForm
 
 

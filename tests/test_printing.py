@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from qcompile.passes import PASSES
 
 from qcompile.inspection import Rescale, Summary
+from qcompile.passes import PASSES
 from qcompile.printing import (
     TerminalProgress,
     console,
@@ -100,7 +100,7 @@ def test_what_was_not_measured_is_left_out(report: dict[str, Any]) -> None:
 def test_without_classes_the_sample_count_is_said_beside_sqnr() -> None:
     accuracy = {"samples": 1, "sqnr_db": None, "cosine": None, "top1_agreement": None, "metric": None}
     assert row(printed({"accuracy": accuracy}), "SQNR") == "SQNR inf dB over 1 sample"
-    lines = printed({"accuracy": accuracy, "data": {"evaluation": "synthetic"}})
+    lines = printed({"accuracy": accuracy, "data": {"evaluation": {"kind": "synthetic"}}})
     assert row(lines, "SQNR") == "SQNR inf dB over 1 synthetic sample"
 
 

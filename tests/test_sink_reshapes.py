@@ -3,9 +3,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from passes_helpers import check_pass, floats, ops, parse
-from qcompile.passes.sink_reshapes import SinkReshapes
 
 from qcompile.graph import Array
+from qcompile.passes.sink_reshapes import SinkReshapes
 
 LINEAR = """
     f = Reshape(x, flat)  g1 = Gemm(f, w)  v = Reshape(g1, up)

@@ -28,10 +28,7 @@ def most_likely_rates(lost: int, won: int, samples: int, drop: float) -> tuple[f
     p01 = np.linspace(max(0.0, -drop), (1 - drop) / 2, 200_001)
     rest = np.clip(1 - 2 * p01 - drop, 0, None)
     with np.errstate(divide="ignore", invalid="ignore"):
-        terms = [
-            np.where(k == 0, 0.0, k * np.log(p))
-            for k, p in ((lost, p01 + drop), (won, p01), (samples - lost - won, rest))
-        ]
+        terms = [np.where(k == 0, 0.0, k * np.log(p)) for k, p in ((lost, p01 + drop), (won, p01), (samples - lost - won, rest))]
     best = float(p01[np.argmax(sum(terms))])
     return best + drop, best
 
@@ -109,9 +106,7 @@ def enumerated_error_rates(samples: int, drop: float, won_rate: float) -> tuple[
     ],
     ids=str,
 )
-def test_a_model_exactly_at_the_limit_is_rarely_failed_and_rarely_passed(
-    samples: int, drop: float, won_rate: float
-) -> None:
+def test_a_model_exactly_at_the_limit_is_rarely_failed_and_rarely_passed(samples: int, drop: float, won_rate: float) -> None:
     # Nominal 2.5 % each. The conditional (McNemar) interval passes up to 74 % and fails up to 10 % of these.
     failed, passed = enumerated_error_rates(samples, drop, won_rate)
     assert failed <= 0.035
@@ -223,9 +218,7 @@ def test_the_number_of_samples_asked_for_decides(lost: int, won: int, samples: i
     [(5, 0, 500, 1.0), (0, 0, 500, 0.0), (3, 3, 100, 0.0)],
     ids=["on-the-limit", "nothing-lost-limit-0", "balanced-limit-0"],
 )
-def test_no_number_of_samples_is_promised_where_none_can_decide(
-    lost: int, won: int, samples: int, limit: float
-) -> None:
+def test_no_number_of_samples_is_promised_where_none_can_decide(lost: int, won: int, samples: int, limit: float) -> None:
     verdict = judge_drop(lost, won, samples, limit)
     assert verdict.outcome == "inconclusive"
     assert verdict.samples_needed is None

@@ -1,0 +1,96 @@
+"""Second moments of what a linear node reads: the Hessian of its squared output error (OBS, Hassibi 1993; GPTQ)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qcompile.graph import Node
+
+Array = npt.NDArray[Any]
+
+_ROWS_PER_COLUMN = 8
+_LEAST_ROWS = 4096
+_MOST_ROWS = 24576
+
+
+def input_covariance(node: Node, weight_shape: tuple[int, ...], arrays: Iterable[Array], count: int, seed: int = 0) -> Array:
+    """Covariance [groups, K, K] (float64) of the rows that each output of Conv or Gemm `node` is a product with.
+
+    arrays: the node's input for each of `count` samples. K runs as the kernel does: (kh, kw, channel of the group). At most
+    about 8 K rows are used in all, at positions drawn with `seed`.
+    """
+    if node.op == "Gemm":
+        width, groups = weight_shape[1] if node.attr("transB", 0) else weight_shape[0], 1
+    else:
+        groups = node.attr("group", 1)
+        width = int(np.prod(weight_shape[1:]))
+    wanted = max(1, min(max(_ROWS_PER_COLUMN * width, _LEAST_ROWS), _MOST_ROWS) // max(count, 1))
+    random = np.random.default_rng(seed)
+    total, mean, rows = np.zeros((groups, width, width)), np.zeros((groups, width)), 0
+    for array in arrays:
+        part = (
+            _rows(array, width, wanted, random)
+            if node.op == "Gemm"
+            else _patches(node, weight_shape, array, groups, wanted, random)
+        )
+        # float32 products, float64 sums: a few hundred rows at a time lose nothing that matters beside the damping.
+        total += np.matmul(np.swapaxes(part, 1, 2), part)
+        mean += part.sum(axis=1, dtype=np.float64)
+        rows += part.shape[1]
+    mean /= max(rows, 1)
+    return total / max(rows, 1) - mean[:, :, None] * mean[:, None, :]
+
+
+def _rows(array: Array, width: int, wanted: int, random: np.random.Generator) -> Array:
+    flat = array.reshape(-1, width)
+    if flat.shape[0] > wanted:
+        flat = flat[np.sort(random.choice(flat.shape[0], wanted, replace=False))]
+    return flat[None].astype(np.float32)
+
+
+def _patches(
+    node: Node, weight_shape: tuple[int, ...], array: Array, groups: int, wanted: int, random: np.random.Generator
+) -> Array:
+    """[groups, rows, K] patches of one sample at drawn output positions."""
+    kernel = weight_shape[2:]
+    rank = len(kernel)
+    strides = list(node.attr("strides", [1] * rank))
+    dilations = list(node.attr("dilations", [1] * rank))
+    begin, end = conv_pads(node, array.shape[2:], kernel, strides, dilations)
+    padded = np.pad(array, [(0, 0), (0, 0), *zip(begin, end, strict=True)])
+    spans = [(k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True)]
+    windows = np.lib.stride_tricks.sliding_window_view(padded, spans, axis=tuple(range(2, 2 + rank)))
+    windows = windows[
+        (slice(None), slice(None), *(slice(None, None, s) for s in strides), *(slice(None, None, d) for d in dilations))
+    ]
+    places = windows.shape[0], *windows.shape[2 : 2 + rank]
+    size = int(np.prod(places))
+    chosen = np.arange(size) if size <= wanted else np.sort(random.choice(size, wanted, replace=False))
+    index = np.unravel_index(chosen, places)
+    picked = windows[(index[0], slice(None), *index[1:])]  # [rows, channels, *kernel]
+    rows = picked.reshape(len(chosen), groups, -1, *kernel)
+    return np.ascontiguousarray(np.moveaxis(np.moveaxis(rows, 2, -1), 0, 1).reshape(groups, len(chosen), -1), dtype=np.float32)
+
+
+def conv_pads(
+    node: Node, size: tuple[int, ...], kernel: tuple[int, ...], strides: list[int], dilations: list[int]
+) -> tuple[list[int], list[int]]:
+    """(begin, end) padding of each spatial axis, `auto_pad` resolved (ONNX operator Conv)."""
+    rank = len(kernel)
+    mode = node.attr("auto_pad", "NOTSET")
+    if mode == "VALID":
+        return [0] * rank, [0] * rank
+    if mode == "NOTSET":
+        pads = list(node.attr("pads", [0] * 2 * rank))
+        return pads[:rank], pads[rank:]
+    begin, end = [], []
+    for length, k, stride, dilation in zip(size, kernel, strides, dilations, strict=True):
+        total = max((-(-length // stride) - 1) * stride + (k - 1) * dilation + 1 - length, 0)
+        small, large = total // 2, total - total // 2
+        begin.append(large if mode == "SAME_LOWER" else small)
+        end.append(small if mode == "SAME_LOWER" else large)
+    return begin, end

@@ -1,0 +1,116 @@
+"""Second-order rounding: OBQ/GPTQ (Frantar et al. 2022) on a fixed scale grid, under the pair rule where it applies.
+
+Minimises  sum_c e_c H e_c^T,  e = W - s*q,  column by column: each column's rounding error is spread over the columns not yet
+rounded so that the layer's output changes least. H is the covariance of the layer's (quantised) input: the mean of the error is
+left to bias correction. Everything is float64 but the result.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qcompile.qparams import PAIR_LIMIT, WEIGHT_MAX
+
+Array = npt.NDArray[Any]
+FloatArray = npt.NDArray[np.float64]
+
+_BLOCK = 64
+
+
+def second_order_round(
+    weight: Array, scale: Array, moment: Array, start: Array, *, pair_rule: bool, damping: float = 0.01, top: int = WEIGHT_MAX
+) -> npt.NDArray[np.int8]:
+    """Integers q [groups, channels, K] for `weight` of that shape, `scale` [groups, channels] and `moment` [groups, K, K].
+
+    `start` holds integers that obey the same limits (round to nearest); a channel keeps them where they do not do worse, so the
+    error on `moment` never exceeds theirs. Singular moments are damped; a moment of zeros returns `start`.
+    """
+    groups, _, width = weight.shape
+    matrix = np.asarray(weight, np.float64)
+    steps = np.asarray(scale, np.float64)
+    hessian = np.asarray(moment, np.float64)
+    diagonal = np.einsum("gkk->gk", hessian)
+    level = diagonal.mean(axis=1)
+    if not (level > 0).any():
+        return start.astype(np.int8)
+    order = _order(diagonal, pair_rule)
+    hessian = np.take_along_axis(np.take_along_axis(hessian, order[:, :, None], 1), order[:, None, :], 2)
+    hessian[:, np.arange(width), np.arange(width)] += (damping * np.maximum(level, 1e-30))[:, None]
+    factor = _upper_factor(hessian)
+    work = np.take_along_axis(matrix, order[:, None, :], 2) / steps[:, :, None]
+    pairs = width // 2 * 2 if pair_rule else 0
+    rounded = _sweep(work, factor, _partner(order, pairs), top)
+    result = np.empty_like(rounded)
+    np.put_along_axis(result, np.broadcast_to(order[:, None, :], rounded.shape), rounded, 2)
+    reached, before = (_error(matrix, steps, q, moment) for q in (result, start))
+    return np.where((reached < before)[:, :, None], result, start).astype(np.int8)
+
+
+def _order(diagonal: FloatArray, pair_rule: bool) -> npt.NDArray[np.int64]:
+    """Columns by falling moment (act-order); partners of a pair stay neighbours. Ties keep their order."""
+    groups, width = diagonal.shape
+    if not pair_rule:
+        return np.argsort(-diagonal, axis=1, kind="stable")
+    even = width // 2 * 2
+    heads = np.argsort(-(diagonal[:, 0:even:2] + diagonal[:, 1:even:2]), axis=1, kind="stable") * 2
+    order = np.stack([heads, heads + 1], axis=2).reshape(groups, even)
+    return np.concatenate([order, np.full((groups, width - even), even)], axis=1) if width > even else order
+
+
+def _partner(order: npt.NDArray[np.int64], pairs: int) -> int:
+    """How many leading columns of the order come in pairs."""
+    return min(pairs, order.shape[1])
+
+
+def _upper_factor(hessian: FloatArray) -> FloatArray:
+    """U with inverse(H) = U^T U, U upper triangular: row i holds how column i's error spreads over the later ones."""
+    inverse = np.linalg.inv(hessian)
+    inverse = (inverse + np.swapaxes(inverse, 1, 2)) / 2
+    return np.swapaxes(np.linalg.cholesky(inverse), 1, 2)
+
+
+def _sweep(work: FloatArray, factor: FloatArray, pairs: int, top: int) -> FloatArray:
+    """Round column after column; updates inside a block at once, behind it in one product per block."""
+    width = work.shape[2]
+    rounded = np.empty_like(work)
+    for begin in range(0, width, _BLOCK):
+        end = min(begin + _BLOCK, width)
+        errors = np.empty((*work.shape[:2], end - begin))
+        for column in range(begin, end):
+            target = work[:, :, column]
+            q = np.clip(np.rint(_shared(work, rounded, column, pairs)), -top, top)
+            if column < pairs and column % 2:
+                q = _limited(q, rounded[:, :, column - 1])
+            rounded[:, :, column] = q
+            error = (target - q) / factor[:, column, column][:, None]
+            errors[:, :, column - begin] = error
+            work[:, :, column + 1 : end] -= error[:, :, None] * factor[:, None, column, column + 1 : end]
+        if end < width:
+            work[:, :, end:] -= errors @ factor[:, begin:end, end:]
+    return rounded
+
+
+def _shared(work: FloatArray, rounded: FloatArray, column: int, pairs: int) -> FloatArray:
+    """The target of `column`; the first of a pair leaves its partner half of what both together exceed the limit by."""
+    target = work[:, :, column]
+    if column >= pairs or column % 2:
+        return target
+    partner = work[:, :, column + 1]
+    excess = np.abs(target + partner) - PAIR_LIMIT
+    over = (excess > 0) & (target * partner > 0)
+    return np.where(over, target - np.sign(target) * excess / 2, target)
+
+
+def _limited(q: FloatArray, first: FloatArray) -> FloatArray:
+    """Clip the second of a pair so that |first + second| <= the limit where both have one sign."""
+    room = PAIR_LIMIT - np.abs(first)
+    return np.where((q * first > 0) & (np.abs(q) > room), np.sign(q) * room, q)
+
+
+def _error(matrix: FloatArray, steps: FloatArray, q: Array, moment: Array) -> FloatArray:
+    """e H e^T of every channel, [groups, channels]."""
+    error = matrix - q.astype(np.float64) * steps[:, :, None]
+    return np.asarray(np.einsum("gck,gck->gc", error @ np.asarray(moment, np.float64), error))
