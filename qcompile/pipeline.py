@@ -1,4 +1,4 @@
-"""The whole way of the data: load, passes with their promises checked, save, measure, report. The command line is a layer over it."""
+"""The whole way of the data: load, passes with their promises checked, save, measure, report."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from typing import Any
 
 import qcompile
 from qcompile.audit import Audit, audit
-from qcompile.check import Measured, Progress, judge, measure, nodes_json
+from qcompile.check import Measured, Progress, broke_limit, fusion_json, judge, measure, nodes_json
 from qcompile.context import Context, Settings
 from qcompile.convert import lower_opset
 from qcompile.data import Dataset, load_dataset
-from qcompile.errors import InputError, LimitError, PassError
+from qcompile.errors import DataError, InputError, LimitError, PassError
 from qcompile.graph import Graph
 from qcompile.graph_io import write_model
+from qcompile.integer_inputs import take_integers
 from qcompile.load import Loaded, load_model
 from qcompile.options import check_settings, output_path
 from qcompile.passes import passes_for
@@ -103,11 +104,15 @@ def compile_model(
     path = output_path(source, output, bits)
     loaded = load_model(source)
     given = _open_data(loaded.graph, data, eval_data, samples, preprocess, settings)
+    if max_drop is not None and given.evaluation is not None and not given.evaluation.has_labels:
+        raise DataError("--max-drop compares with the true answers; give --eval data with labels")
     _check_excluded(loaded.graph, settings)
     context = Context(settings, calibration=lambda: (s.feeds for s in given.calibration))
     context.synthetic = given.kind == "synthetic"
     context.progress = _stages(progress, given)
     rows = _run_passes(loaded.graph, context, given, Path(dump_passes) if dump_passes is not None else None)
+    if inputs_as != "float32":
+        take_integers(loaded.graph)
     if opset is not None:
         lower_opset(loaded.graph, opset)
     _stamp(loaded, settings)
@@ -268,7 +273,7 @@ def _report(
     context: Context,
     given: _Data,
 ) -> dict[str, Any]:
-    warnings = [*loaded.notes, *given.warnings, *measured.warnings]
+    warnings = [*given.warnings, *measured.warnings]
     if given.evaluation is None:
         where = "calibration samples" if given.kind == "real" else "synthetic inputs"
         warnings.append(f"no --eval: accuracy was measured on {where}")
@@ -282,13 +287,9 @@ def _report(
         "latency_ms": measured.latency_json(),
         "size_bytes": measured.size_json(),
         "nodes": nodes_json(audited),
-        "fusion": {
-            "not_fused": [vars(left) for left in audited.not_fused],
-            "leftover": [vars(left) for left in audited.leftover],
-            "integer_weight_bytes": audited.integer_weight_bytes,
-            "float_weight_bytes": audited.float_weight_bytes,
-        },
+        "fusion": fusion_json(audited),
         "data": {"calibration": given.kind, "samples": context.calibrated},
+        "notes": loaded.notes,
         "warnings": warnings,
     }
 
@@ -302,7 +303,7 @@ def _enforce(compiled: Compiled, measured: Measured, max_drop: float) -> Compile
     assert measured.accuracy is not None
     verdict = judge(measured.accuracy, max_drop)
     compiled.report["verdict"] = verdict.as_json()
-    if verdict.outcome == "pass":
+    if not broke_limit(verdict):
         return compiled
     kept = compiled.path.with_suffix(".failed" + compiled.path.suffix)
     compiled.path.replace(kept)

@@ -455,7 +455,6 @@ def test_compile_check_and_inspect(command: Command, tmp_path: Path) -> None:
     assert other.read_bytes() == output.read_bytes()  # --eval changes nothing
 
 
-@pytest.mark.xfail(strict=True, reason="the pipeline does not act on --inputs-as yet")
 def test_integer_inputs_are_checked_with_float_data(command: Command, tmp_path: Path) -> None:
     output, report = tmp_path / "m.onnx", tmp_path / "r.json"
     assert command(CNN, "--data", CALIBRATION, "--inputs-as", "uint8", "--no-latency", "-o", output)[0] == 0
