@@ -95,7 +95,12 @@ class _Inserter:
         return self.pairs
 
     def _fold(self) -> None:
-        """Take folded Relu/Clip out; their tensor is then computed by the linear node or Add itself."""
+        """Take folded Relu/Clip out; their tensor is then computed by the linear node or Add itself.
+
+        A symmetric range has no lower end to fold a Relu into: there the nodes stay between their producer and its Q.
+        """
+        if self.context.activations.symmetric:
+            return
         for node in [n for n in self.graph.nodes if n in self.placement.folded]:
             bounds = clip_bounds(node)
             assert bounds is not None
@@ -180,14 +185,17 @@ class _Inserter:
     def _compute(self, node: Node, linear: bool) -> None:
         for index in range(1 if linear else len(node.inputs)):
             node.inputs[index] = self._read(node.inputs[index])
-        output = node.outputs[0]
+        last = node
+        while len(last.outputs[0].consumers) == 1 and last.outputs[0].consumers[0] in self.placement.folded:
+            last = last.outputs[0].consumers[0]
+        output = last.outputs[0]
         integer = output in self.placement.quantised
         if linear:
             self._linear_site(node, self.class_of[output] if integer else None)
         if not integer:
             return
         place_ = self.class_of[output]
-        node.outputs[0] = base = Value(self.graph.fresh_name(output.name + "_float"), output.type)
+        last.outputs[0] = base = Value(self.graph.fresh_name(output.name + "_float"), output.type)
         result = self._clamped(self._q(base, place_, output.name), output, place_)
         self._produced(output, result)
         if node.op == "Add":
@@ -241,6 +249,9 @@ class _Inserter:
 
     def _move(self, node: Node) -> None:
         """Run a shared-scale node (or a Relu/Clip that could not be folded) on the integers."""
+        if self.context.settings.target == "tensorrt":
+            self._move_between(node)
+            return
         bounds = clip_bounds(node)
         if bounds is not None:
             output, source = node.outputs[0], node.inputs[0]
@@ -265,6 +276,17 @@ class _Inserter:
                 integers.type = helper.make_tensor_type_proto(kind, list(output.dims))
             node.outputs[index] = integers
             self._produced(output, integers)
+
+
+    def _move_between(self, node: Node) -> None:
+        """The same between DQ and Q, for runtimes that take integers nowhere else."""
+        for index, tensor in enumerate(data_inputs(node)):
+            node.inputs[index] = self._read(tensor)
+        for index, output in enumerate(list(node.outputs)):
+            if not output.name:
+                continue
+            node.outputs[index] = base = Value(self.graph.fresh_name(output.name + "_float"), output.type)
+            self._produced(output, self._q(base, self.class_of[output], output.name))
 
 
 def set_clamp(site: ClampSite, context: Context) -> None:

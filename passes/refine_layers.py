@@ -25,6 +25,8 @@ from qcompile.rounding import second_order_round
 from qcompile.runtime import Array
 from qcompile.walk import Stream, dequantise, linear_mean, mean_of
 
+_FEW = 16  # samples for bias correction alone, effort `fast`: means settle long before covariances do
+
 
 @dataclass(frozen=True)
 class RefineLayers:
@@ -45,7 +47,8 @@ class RefineLayers:
         if not learn and not settings.bias_correction:
             return report
         by_name = {n.name: n for n in original.nodes}
-        float_world, integer_world = Stream(original, context.samples), Stream(graph, context.samples)
+        samples = context.samples if settings.effort != "fast" else context.samples[:: -(-len(context.samples) // _FEW)]
+        float_world, integer_world = Stream(original, samples), Stream(graph, samples)
         for site in plan.linears:
             if context.progress is not None:
                 context.progress("refining layers")
@@ -107,6 +110,10 @@ class _Layer:
         rounded = self.stored.array().astype(np.float32) * self.scale.reshape(shape)
         reached = linear_mean(self.original, rounded, mean_of(self._input(x) for x in self.inputs))
         step = site.source.scale.astype(np.float64) * self.scale.astype(np.float64)
+        plain = site.node.constant(2)
+        if plain is not None:  # a target with float biases
+            plain.assign((plain.array() + wanted - reached).astype(np.float32))
+            return True
         shift = np.rint((wanted - reached) / step).astype(np.int64)
         bias = _integers(site.node, 2)
         corrected = bias.array().astype(np.int64) + shift

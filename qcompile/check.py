@@ -27,6 +27,7 @@ from qcompile.synthetic import synthetic_dataset
 from qcompile.verdict import Verdict, judge_drop
 
 ROUNDS = 11
+SLOT_SECONDS = 0.05
 
 
 class Progress(Protocol):
@@ -74,6 +75,7 @@ def measure(
     *,
     latency: bool = True,
     rounds: int = ROUNDS,
+    slot_seconds: float = SLOT_SECONDS,
     threads: int = 1,
     progress: Progress | None = None,
 ) -> Measured:
@@ -105,7 +107,7 @@ def measure(
             if progress is not None:
                 progress("latency", 0, None)
             both = [feeds, convert(feeds) if convert else feeds]
-            timed = measure_latency([float_path, quantised_path], both, rounds=rounds, threads=threads)
+            timed = measure_latency([float_path, quantised_path], both, rounds=rounds, slot_seconds=slot_seconds, threads=threads)
     return Measured(accuracy, timed, *sizes, tuple(warnings))
 
 
@@ -211,7 +213,7 @@ def bench_models(
     data = None if data_spec is None else load_dataset(data_spec, inputs, preprocess=preprocess)
     feeds = _made_up(inputs) if data is None else next(iter(data)).feeds
     both = [feeds, convert(feeds) if convert else feeds]
-    timed = measure_latency([float_path, quantised_path], both, rounds=rounds, threads=threads)
+    timed = measure_latency([float_path, quantised_path], both, rounds=rounds, slot_seconds=slot_seconds, threads=threads)
     sizes = Measured(None, timed, size_bytes(float_path), size_bytes(quantised_path))
     return {"latency_ms": sizes.latency_json(), "size_bytes": sizes.size_json(), "rounds": rounds}
 

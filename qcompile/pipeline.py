@@ -258,8 +258,9 @@ def _measure(
         return measure(source, path, given.evaluation, latency=latency, progress=progress), {"kind": "evaluation"}
     own = given.calibration.sample(_OWN_SAMPLES if effort != "fast" else 8)
     kind = "calibration" if given.kind == "real" else "synthetic"
-    rounds = {} if effort != "fast" else {"rounds": 5}
-    return measure(source, path, own, latency=latency, progress=progress, **rounds), {"kind": kind}
+    if effort == "fast":
+        return measure(source, path, own, latency=latency, rounds=5, slot_seconds=0.015, progress=progress), {"kind": kind}
+    return measure(source, path, own, latency=latency, progress=progress), {"kind": kind}
 
 
 def _report(

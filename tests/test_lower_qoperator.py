@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import onnx
@@ -66,7 +67,7 @@ HALVES = [(1 << 15, 16), (3, 10), (1, 9)]  # M of three channels
 
 def conv(net: Net) -> str:
     x = net.input([1, 4, 7, 7], 0.05, 120)
-    attributes = {"pads": [1, 0, 2, 1], "strides": [2, 1], "dilations": [1, 2], "kernel_shape": [3, 3]}
+    attributes: dict[str, Any] = {"pads": [1, 0, 2, 1], "strides": [2, 1], "dilations": [1, 2], "kernel_shape": [3, 3]}
     return net.linear("Conv", x, weights(3, 4, 3, 3), HALVES, (0.02, 3), bias(3), **attributes).name
 
 
@@ -182,7 +183,7 @@ def test_each_operator_keeps_its_bits(case: str, opset: int) -> None:
     for layout in ("qdq", "qoperator"):
         net = Net(layout, opset=opset)
         output = build(net)
-        kind = {output: FLOAT} if "float" in case or case == "chain" else None
+        kind = {output: int(FLOAT)} if "float" in case or case == "chain" else None
         models[layout] = net.model(output, types=kind)
     report, graph = lower(models["qdq"])
     counts = ops(graph)
