@@ -4,40 +4,63 @@ from __future__ import annotations
 
 from qcompile.context import Settings
 from qcompile.passes.calibrate import Calibrate
+from qcompile.passes.correct_means import CorrectMeans
 from qcompile.passes.dyadic_scales import DyadicScales
 from qcompile.passes.eliminate import Eliminate
+from qcompile.passes.expect_ranges import ExpectRanges
 from qcompile.passes.fold_bn import FoldBatchNorm
 from qcompile.passes.fold_constants import FoldConstants
 from qcompile.passes.fuse_linear import FuseLinear
 from qcompile.passes.integer_bias import IntegerBias
 from qcompile.passes.linear_form import LinearForm
+from qcompile.passes.lower_qoperator import LowerQOperator
+from qcompile.passes.pool_to_conv import PoolToConv
 from qcompile.passes.quantise import Quantise
+from qcompile.passes.quantise_dynamic import QuantiseDynamic
+from qcompile.passes.record_bn import RecordBatchNorm
 from qcompile.passes.refine_layers import RefineLayers
 from qcompile.passes.round_weights import RoundWeights
 from qcompile.passes.search_ranges import SearchRanges
 from qcompile.passes.simplify_shapes import SimplifyShapes
 from qcompile.passes.sink_reshapes import SinkReshapes
+from qcompile.passes.sum_to_add import SumToAdd
+from qcompile.passes.sum_residuals import SumResiduals
 from qcompile.rewrite import Pass
 
 PASSES: tuple[Pass, ...] = (
     FoldConstants(),
+    SumToAdd(),
     SimplifyShapes(),
     Eliminate(),
     FuseLinear(),
+    RecordBatchNorm(),
     FoldBatchNorm(),
+    FuseLinear(),
     LinearForm(),
     SinkReshapes(),
     Eliminate(),
+    PoolToConv(),
     Calibrate(),
+    ExpectRanges(),
     Quantise(),
     SearchRanges(),
     DyadicScales(),
     RoundWeights(),
     IntegerBias(),
     RefineLayers(),
+    CorrectMeans(),
+    LowerQOperator(),
 )
 
+_CANONICAL = (FoldConstants, SumToAdd, SimplifyShapes, Eliminate, FuseLinear, FoldBatchNorm)
+_DYNAMIC: tuple[Pass, ...] = (*(p for p in PASSES if isinstance(p, _CANONICAL)), QuantiseDynamic(), SumResiduals())
+_WITHOUT_DATA = (RecordBatchNorm, ExpectRanges, CorrectMeans)
+_WITH_DATA = (SearchRanges, RefineLayers)
 
-def passes_for(settings: Settings) -> tuple[Pass, ...]:
-    """The passes that a compilation with `settings` runs, in order."""
-    return PASSES
+
+def passes_for(settings: Settings, data: str = "real") -> tuple[Pass, ...]:
+    """The passes that a compilation with `settings` runs, in order; `data`: real | synthetic | dynamic (none needed)."""
+    if data == "dynamic":
+        return _DYNAMIC
+    idle = _WITHOUT_DATA if data == "real" else _WITH_DATA
+    return tuple(p for p in PASSES if not isinstance(p, idle))

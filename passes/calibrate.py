@@ -41,8 +41,15 @@ class Calibrate:
         session = graph_session(watched, label="calibration")
         progress = context.progress
         tick = None if progress is None else lambda: progress("calibrating")
-        context.observers = {name: Observer(keep=context.settings.ranges == "percentile") for name in names}
+        keep = context.settings.ranges == "percentile"
+        context.observers = {name: Observer(keep=keep, channels=_is_matrix(by_name[name])) for name in names}
         thinned = Thinned(budget_bytes=_SAMPLE_BYTES)
         context.calibrated = observe(session, context.observers, thinned.passing(context.calibration()), tick)
         context.samples = thinned.kept
         return Report()
+
+
+def _is_matrix(value: Value) -> bool:
+    """Whether it is rows of channels, as Gemm reads and writes: the extremes of each channel are then worth keeping."""
+    readers = value.producer is not None and value.producer.op == "Gemm"
+    return readers or any(n.op == "Gemm" for n in value.consumers) or (value.dims is not None and len(value.dims) == 2)

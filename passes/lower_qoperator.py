@@ -40,7 +40,7 @@ class LowerQOperator:
     """Only for `format == "qoperator"`; the last pass but for cleaning up. Same bits at onnxruntime's level ALL."""
 
     name: str = "lower_qoperator"
-    keeps: Promise = field(default_factory=Exact)
+    keeps: Promise = field(default_factory=lambda: Exact(fused=True))
 
     def run(self, graph: Graph, context: Context) -> Report:
         """Rewrites: one an operator that became its quantised form."""

@@ -218,8 +218,10 @@ class _Inserter:
         channels = weight.dims[axis]
         if node.input(2) is None:
             zero = self.graph.constant(node.label + "_bias", np.zeros(channels, np.float32))
-            node.inputs[2:] = []
-            node.inputs.append(zero)
+            if len(node.inputs) > 2:
+                node.inputs[2] = zero
+            else:
+                node.inputs.append(zero)
         else:
             bias = node.constant(2)
             assert bias is not None

@@ -44,7 +44,7 @@ class RefineLayers:
             return report
         plan.refined = True
         learn = settings.effort != "fast" and not context.synthetic
-        if not learn and not settings.bias_correction:
+        if not context.samples or not (learn or settings.bias_correction):
             return report
         by_name = {n.name: n for n in original.nodes}
         samples = context.samples if settings.effort != "fast" else context.samples[:: -(-len(context.samples) // _FEW)]

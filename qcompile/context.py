@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
+from qcompile.bn_statistics import BatchNormRecord
 from qcompile.graph import Graph
 from qcompile.plan import Plan
 from qcompile.qparams import ACTIVATIONS, ActivationType
@@ -44,7 +45,8 @@ class Context:
 
     observers: calibration statistics by tensor name. float_graph: the canonical float model, kept before quantising.
     plan: what was decided, from `quantise` on. calibration: starts a fresh sweep over the calibration feeds; calibrated:
-    how many the last sweep saw. progress: called with a stage's name as work goes on.
+    how many the last sweep saw. synthetic: whether they are made up; batch_norms: what the model itself then says about its
+    tensors. progress: called with a stage's name as work goes on.
     samples: a bounded list of calibration feeds (axis 0 the batch) that promise checks and the walk use.
     """
 
@@ -56,6 +58,7 @@ class Context:
     calibration: Callable[[], Iterable[Feeds]] = tuple
     calibrated: int = 0
     synthetic: bool = False
+    batch_norms: list[BatchNormRecord] = field(default_factory=list)
     progress: Callable[[str], None] | None = None
 
     @property

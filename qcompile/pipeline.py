@@ -21,6 +21,7 @@ from qcompile.graph import Graph
 from qcompile.graph_io import write_model
 from qcompile.integer_inputs import take_integers
 from qcompile.load import Loaded, load_model
+from qcompile.made_up import make_up
 from qcompile.options import check_settings, output_path
 from qcompile.passes import passes_for
 from qcompile.promises import Verifier
@@ -28,10 +29,8 @@ from qcompile.report_file import file_record, peak_rss_mb
 from qcompile.rewrite import Pass, Report
 from qcompile.runtime import Feeds
 from qcompile.samples import model_inputs
-from qcompile.synthetic import synthetic_dataset
 
 _CHECK_FEEDS = 2
-_SYNTHETIC_SAMPLES = 32
 _OWN_SAMPLES = 32  # calibration samples that stand in where no --eval is given
 
 
@@ -46,7 +45,7 @@ class Compiled:
 @dataclass(frozen=True)
 class _Data:
     calibration: Dataset
-    kind: str  # real | synthetic
+    kind: str  # real | synthetic | dynamic
     evaluation: Dataset | None
     warnings: tuple[str, ...]
 
@@ -90,7 +89,7 @@ def compile_model(
         bits=bits,
         format=format,
         target=target,
-        ranges="minmax" if effort == "fast" and ranges == "mse" else ranges,
+        ranges="minmax" if ranges == "mse" and (effort == "fast" or data is None) else ranges,
         effort=effort,
         exclude=tuple(exclude),
         bias_correction=bias_correction,
@@ -148,9 +147,8 @@ def _open_data(
     calibration, evaluation = opened(data, samples), opened(eval_data, None)
     if calibration is not None:
         return _Data(calibration, "real", evaluation, ())
-    made_up = synthetic_dataset(inputs, _SYNTHETIC_SAMPLES, settings.seed)
-    warning = "no --data: ranges come from synthetic inputs; give representative samples for the best accuracy"
-    return _Data(made_up, "synthetic", evaluation, (warning,))
+    made_up = make_up(graph, inputs, settings)
+    return _Data(made_up.dataset, made_up.kind, evaluation, made_up.warnings)
 
 
 def _check_excluded(graph: Graph, settings: Settings) -> None:
@@ -179,7 +177,7 @@ def _run_passes(graph: Graph, context: Context, given: _Data, dump: Path | None)
     rows: list[dict[str, Any]] = []
     if dump is not None:
         dump.mkdir(parents=True, exist_ok=True)
-    for index, step in enumerate(passes_for(context.settings)):
+    for index, step in enumerate(passes_for(context.settings, given.kind)):
         row = _run_pass(step, graph, context, verifier)
         rows.append(row)
         if dump is not None:

@@ -16,7 +16,7 @@ import numpy as np
 from onnx import TensorProto
 
 from qcompile.context import Settings
-from qcompile.graph import Graph, Node, Tensor, Value
+from qcompile.graph import Const, Graph, Node, Tensor, Value
 
 _DATA_ONLY = {
     "Reshape",
@@ -117,7 +117,7 @@ class _Placer:
         """A Relu/Clip folds where it alone reads a linear node, an Add, or another folded one."""
         source = node.inputs[0]
         producer = source.producer
-        if producer is None or len(source.outputs) != 1 or self.graph.is_pinned(source):
+        if producer is None or len(source.outputs) != 1 or self.graph.is_pinned(source) or self.settings.excluded(node.name):
             return False
         return producer in linears or producer.op == "Add" or producer in self.result.folded
 
@@ -156,7 +156,8 @@ class _Placer:
         if node.op == "GlobalAveragePool":
             return pool_area(node) is not None and self._able_to(node.inputs[0])
         if shares_scale(node):
-            return all(not self._constant(t) and self._able_to(t) for t in data_inputs(node))
+            joins = node.op == "Concat"
+            return all(not self._constant(t) and not (joins and _pooled(t)) and self._able_to(t) for t in data_inputs(node))
         return False
 
     @staticmethod
@@ -200,9 +201,9 @@ class _Placer:
 
 
 def _pooled(tensor: Tensor) -> bool:
-    """Whether a GlobalAveragePool computes it: its scale follows from the pool's input, so no Add may ask for another."""
+    """Whether a GlobalAveragePool computes it: its scale follows from the pool's input, so no Add or Concat may ask for another."""
     node = tensor.producer
-    while node is not None and shares_scale(node):
+    while node is not None and (shares_scale(node) or clip_bounds(node) is not None):
         node = data_inputs(node)[0].producer
     return node is not None and node.op == "GlobalAveragePool"
 
@@ -226,11 +227,18 @@ def linear_refusal(node: Node, settings: Settings) -> str | None:
         return "Gemm with transA, alpha or beta"
     if node.input(2) is not None and node.constant(2) is None:
         return "bias is computed at run time"
+    if node.op == "Gemm" and not _one_a_channel(node.constant(2), weight.dims[0 if node.attr("transB", 0) else 1]):
+        return "bias is not one number a channel"
     if not isinstance(node.inputs[0], Value):
         return "input is a constant"
     if node.op == "Conv" and not 3 <= len(weight.dims) <= 4:
         return "convolution over more than two dimensions"
     return None
+
+
+def _one_a_channel(bias: Const | None, channels: int) -> bool:
+    """Whether a Gemm's C is absent, one number, or a row; a column or a matrix adds another number to each row."""
+    return bias is None or (bias.dims[-1:] in ((), (1,), (channels,)) and all(d == 1 for d in bias.dims[:-1]))
 
 
 def shares_scale(node: Node) -> bool:

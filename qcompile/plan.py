@@ -14,7 +14,7 @@ class ScaleClass:
     """Tensors that share one scale and zero point.
 
     tensors: their names in the float graph. low, high: the calibrated range. ceiling, floor: bounds that the range carries in
-    place of a folded Relu/Clip (None: none); the scale must not reach past them.
+    place of a folded Relu/Clip (None: none); where the scale reaches past them all the same, Clips on integers stand (`clamped`).
     """
 
     index: int
@@ -27,6 +27,7 @@ class ScaleClass:
     zero_point: int = 0
     scale_const: Const | None = None
     zero_const: Const | None = None
+    clamped: bool = False
 
 
 @dataclass(eq=False)

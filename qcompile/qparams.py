@@ -61,16 +61,17 @@ def _normal(scale: np.float32) -> np.float32:
 
 def exact_weight_scale(b: npt.NDArray[np.int64], input_scale: np.float32, output_scale: np.float32) -> npt.NDArray[np.float32]:
     """Sw with fl(fl(Sx*Sw)/Sy) == b / 2^16 to the last bit, NaN where no float32 near the quotient gives it. Any shape."""
-    target = (b.astype(np.float64) / 2.0**SHIFT).astype(np.float32)
-    start = (b.astype(np.float64) / 2.0**SHIFT * float(output_scale) / float(input_scale)).astype(np.float32)
-    found = np.full(b.shape, np.nan, np.float32)
-    candidate_up, candidate_down = start.copy(), start.copy()
-    for step in range(3):
-        for candidate in (candidate_up, candidate_down) if step else (start,):
-            exact = (np.float32(input_scale) * candidate) / np.float32(output_scale) == target
-            found = np.where(np.isnan(found) & exact, candidate, found)
-        candidate_up = np.nextafter(candidate_up, np.float32(np.inf))
-        candidate_down = np.nextafter(candidate_down, np.float32(0))
+    with np.errstate(over="ignore"):  # an absurd scale becomes inf, which equals no target
+        target = (b.astype(np.float64) / 2.0**SHIFT).astype(np.float32)
+        start = (b.astype(np.float64) / 2.0**SHIFT * float(output_scale) / float(input_scale)).astype(np.float32)
+        found = np.full(b.shape, np.nan, np.float32)
+        candidate_up, candidate_down = start.copy(), start.copy()
+        for step in range(3):
+            for candidate in (candidate_up, candidate_down) if step else (start,):
+                exact = (np.float32(input_scale) * candidate) / np.float32(output_scale) == target
+                found = np.where(np.isnan(found) & exact, candidate, found)
+            candidate_up = np.nextafter(candidate_up, np.float32(np.inf))
+            candidate_down = np.nextafter(candidate_down, np.float32(0))
     return found
 
 
@@ -122,10 +123,12 @@ def quantise_weight(
 
     weight: [channels, K] float. `top` is the largest magnitude (127; 7 for 4 bits). The accumulator of every channel is kept
     inside int32: |bias|/(Sx*Sw) + activation_top * sum|q| < 2^31, by widening the scale of near-dead channels.
-    Raises ValueError naming the channel where no exact scale exists (none was ever seen).
+    Raises ValueError naming the channel where no exact scale exists (none was ever seen), or where a weight is NaN or infinite.
     """
     matrix = np.asarray(weight, np.float64)
     channels = matrix.shape[0]
+    if not np.isfinite(matrix).all():
+        raise ValueError(f"channel {int(np.argmin(np.isfinite(matrix).all(axis=1)))}: a weight is not finite")
     peak = np.abs(matrix).max(axis=1, initial=0.0)
     least = _least_scale(matrix, bias, float(input_scale), activation_top)
     full = np.maximum(peak / top, least)
@@ -133,6 +136,8 @@ def quantise_weight(
     # little above 1 is tried too, for the nearest grid points may all lie below the peak and clip it.
     widest = 2.0 if pair_rule else 1.15
     factors = np.concatenate([np.linspace(widest, 1.02, candidates), np.linspace(1.0, 0.5 if top < 100 else 0.7, candidates)])
+    if pair_rule and 2 * top > PAIR_LIMIT:  # |w| <= 64 obeys the rule whatever the signs: never do worse than that
+        factors = np.concatenate([factors, [2 * top / PAIR_LIMIT]])
     best_error = np.full(channels, np.inf)
     best_scale = np.zeros(channels, np.float32)
     best_b = np.zeros(channels, np.int64)

@@ -23,13 +23,19 @@ MASKED = -1e30  # what lies below is an attention mask (-3.4e38), not data
 class Observer:
     """Running statistics of one tensor: exact extremes, and a bounded, evenly thinned sample of its values.
 
-    keep: whether to sample at all; extremes are always kept.
+    keep: whether to sample at all; extremes are always kept. channels: keep those of each place of the last axis too, as
+    `lows` and `highs` (None where its size changes). settled: a pass has chosen the scales of its channels for good.
     """
 
     keep: bool = True
     low: float = np.inf
     high: float = -np.inf
+    channels: bool = False
+    lows: Array | None = None
+    highs: Array | None = None
+    settled: bool = False
     _chunks: list[Array] = field(default_factory=list)
+    _steps: list[int] = field(default_factory=list)  # distance in memory between the values of each chunk
     _kept: int = 0
     _stride: int = 1
     _feeds: int = 0
@@ -41,24 +47,51 @@ class Observer:
         low, high = float(values.min()), float(values.max())
         if not (low > MASKED and high < -MASKED):  # NaN lands here too
             if np.isnan(low) or high >= -MASKED:
-                raise DataError(
-                    f"tensor '{name}' became {'NaN' if np.isnan(low) else high} on the calibration data; check the inputs' scaling"
-                )
+                what = "NaN" if np.isnan(low) else high
+                raise DataError(f"tensor '{name}' became {what} on the calibration data; check the inputs' scaling")
             values = np.where(values > MASKED, values, 0)
             low = float(values.min())
         self.low, self.high = min(self.low, low), max(self.high, high)
+        if self.channels:
+            self._update_channels(values)
         self._feeds += 1
         if not self.keep or self._feeds % self._stride:
             return
         flat = values.reshape(-1)
-        step = max(1, -(-flat.size // _PER_FEED))
         # An odd step walks through all columns and channels of an image; an even one could visit a few only.
-        self._chunks.append(np.array(flat[:: step | 1] if step > 1 else flat, np.float32))
+        step = 1 if flat.size <= _PER_FEED else -(-flat.size // _PER_FEED) | 1
+        self._chunks.append(np.array(flat[::step], np.float32))
+        self._steps.append(step)
         self._kept += self._chunks[-1].size
         if self._kept > _CAPACITY and len(self._chunks) > 1:
-            self._chunks = self._chunks[1::2]
+            self._chunks, self._steps = self._chunks[1::2], self._steps[1::2]
             self._kept = sum(c.size for c in self._chunks)
             self._stride *= 2
+
+    def _update_channels(self, values: Array) -> None:
+        rows = values.reshape(-1, values.shape[-1]) if values.ndim else values.reshape(1, 1)
+        lows, highs = rows.min(axis=0), rows.max(axis=0)
+        if self.lows is None or self.highs is None:
+            self.lows, self.highs = lows, highs
+        elif self.lows.shape != lows.shape:
+            self.channels, self.lows, self.highs = False, None, None
+        else:
+            self.lows, self.highs = np.minimum(self.lows, lows), np.maximum(self.highs, highs)
+
+    def rescaled(self, factor: Array) -> Observer:
+        """What would have been observed with channel c of the last axis multiplied by factor[c] > 0. Needs `lows` and `highs`."""
+        if self.lows is None or self.highs is None or factor.shape != self.lows.shape or not np.all(factor > 0):
+            raise ValueError("rescaling needs the extremes of each channel, and one positive factor a channel")
+        lows, highs = self.lows * factor, self.highs * factor
+        result = Observer(self.keep, float(lows.min()), float(highs.max()), True, lows, highs, self.settled)
+        width = factor.shape[0]
+        # Chunks start at the first value of a row-major tensor, so that the place in memory tells the channel.
+        result._chunks = [
+            (chunk * factor[np.arange(chunk.size) * step % width]).astype(np.float32)
+            for chunk, step in zip(self._chunks, self._steps, strict=True)
+        ]
+        result._steps, result._kept, result._stride, result._feeds = list(self._steps), self._kept, self._stride, self._feeds
+        return result
 
     @property
     def seen(self) -> bool:
@@ -101,9 +134,10 @@ def observe(
     Returns the number of feeds. Raises DataError where there was none.
     """
     wanted = list(observers)
+    computed = [n for n in wanted if n in session.output_names]  # none where inputs alone are watched
     count = 0
     for feed in feeds:
-        values = {**feed, **session.run(feed, [n for n in wanted if n in session.output_names])}
+        values = {**feed, **(session.run(feed, computed) if computed else {})}
         for name in wanted:
             observers[name].update(np.asarray(values[name]), name)
         count += 1

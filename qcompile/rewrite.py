@@ -15,7 +15,10 @@ class Exact:
     """No float operation is added, removed or reordered: outputs stay the same, bit for bit, on every sample.
 
     The check allows 2e-6 of max |output| where onnxruntime itself picks another kernel (it packs constant operands).
+    fused: compare finished integer models as onnxruntime runs them, Q/DQ fused at level ALL; then not one bit may differ.
     """
+
+    fused: bool = False
 
 
 @dataclass(frozen=True)

@@ -10,15 +10,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import chain
 
 import numpy as np
 
+from qcompile.dyadic import MAX_NUMERATOR, sum_ratio
 from qcompile.plan import AddSite, Plan, PoolSite, ScaleClass
 from qcompile.qparams import SHIFT, ActivationType, activation_params
 
 _ODD = 255
 _LARGEST_ODD = 1023
 _ENOUGH = 64  # p at or above this: the scale is at most 0.8 % from the calibrated one
+_SEARCHED = 4096  # neighbouring b that are tried for a pool
 _LARGEST_RATIO = 15  # p/q below 16 keeps the dyadic shadow b = round(2^20 p/q) below 2^24
 
 
@@ -53,32 +56,42 @@ def _try(plan: Plan, kind: ActivationType, shared: Sequence[set[ScaleClass]]) ->
         if any(r > _LARGEST_RATIO for r in wanted):
             # An operand 15 times coarser than the sum: the sum's range was clipped away; widen it by sharing.
             return add
-        q = _common_odd(known, wanted)
-        if q is None:
+        for q in _odds(known, wanted):
+            trial = {o: _on_ratio(result, r * q, q, o) for o, r in zip(free, wanted, strict=True)}
+            left, right = (trial.get(o, scales.get(o)) for o in (add.left, add.right))
+            if sum_ratio(left, right, result) is not None:
+                scales.update(trial)
+                break
+        else:
             return add
-        for operand, ratio in zip(free, wanted, strict=True):
-            p = max(1, math.floor(ratio * q) if operand.ceiling is not None else round(ratio * q))
-            scales[operand] = np.float32(float(result) * p / q)
     for place in plan.classes:
         scales.setdefault(place, _desired(place, kind))
     return scales
 
 
-def _common_odd(known: Sequence[float], wanted: Sequence[float]) -> int | None:
-    """An odd q <= 1023 that all `known` ratios are multiples of 1/q for, fine enough for the `wanted` ones."""
+def _on_ratio(result: np.float32, p: float, q: int, operand: ScaleClass) -> np.float32:
+    """The operand's scale, result * p / q with p rounded: down where a folded Clip bounds it from above."""
+    whole = max(1, math.floor(p) if operand.ceiling is not None else round(p))
+    return np.float32(float(result) * whole / q)
+
+
+def _odds(known: Sequence[float], wanted: Sequence[float]) -> list[int]:
+    """Odd q <= 1023 that all `known` ratios are multiples of 1/q for, the best first: fine enough for the `wanted` ones."""
     least = min(wanted, default=1.0)
-    start = _ODD if least * _ODD >= _ENOUGH else _LARGEST_ODD
+    # The finest q at which nine float32 roundings of a sum stay below 1/(2q) (see `dyadic.tie_free_ratio`), with some room.
+    finest = int(0.9 * 2.0**23 / (1785 * (sum(known) + sum(wanted)) + 768))
     if not known:
-        return start
+        start = min(_ODD if least * _ODD >= _ENOUGH else _LARGEST_ODD, finest)
+        return [q for q in (start - 1 + start % 2, 63, 15, 3) if 1 <= q <= start]
+    if max(known) > _LARGEST_RATIO:
+        return []
     odds = np.arange(1, _LARGEST_ODD + 1, 2, dtype=np.int64)
     ratio = np.asarray(known)[:, None] * odds
     error = np.abs(ratio - np.rint(ratio))
     # Float32 scales carry half an ulp each: 2 ulp of the ratio in all.
-    fits = np.flatnonzero(((error <= 2 * 2.0**-24 * ratio) & (np.rint(ratio) >= 1)).all(axis=0))
-    if fits.size == 0 or max(known) > _LARGEST_RATIO:
-        return None
-    good = [int(odds[i]) for i in fits if not wanted or least * odds[i] >= _ENOUGH]
-    return good[0] if good else int(odds[fits[-1]])
+    fits = odds[((error <= 2 * 2.0**-24 * ratio) & (np.rint(ratio) >= 1)).all(axis=0)]
+    good = [int(q) for q in fits if (not wanted or least * q >= _ENOUGH) and q <= finest]
+    return good + [int(q) for q in fits[::-1] if int(q) not in good]
 
 
 def _component(adds: Sequence[AddSite], start: AddSite) -> set[ScaleClass]:
@@ -99,6 +112,16 @@ def _desired(place: ScaleClass, kind: ActivationType) -> np.float32:
     return scale
 
 
+def reaches_past(place: ScaleClass, kind: ActivationType) -> bool:
+    """Whether the largest integer stands for half a step or more above the Clip that was folded into the range.
+
+    So it is where the class had to take a wider scale from its neighbours; the bound then needs a Clip on integers.
+    """
+    if place.ceiling is None or not math.isfinite(place.ceiling):
+        return False
+    return (kind.high - place.zero_point) * float(place.scale) > place.ceiling + 0.5001 * float(place.scale)
+
+
 def _zero_point(place: ScaleClass, kind: ActivationType) -> int:
     if kind.symmetric:
         return 0
@@ -110,13 +133,11 @@ def _pool_scale(pool: PoolSite, kind: ActivationType) -> np.float32:
     """Sy nearest to the calibrated one with fl(Sx / fl(Sy * area)) exactly b / 2^16."""
     source, area = pool.source.scale, np.float32(pool.area)
     wanted = float(_desired(pool.result, kind))
-    nearest = max(1, round(float(source) / (wanted * pool.area) * 2.0**SHIFT))
-    offsets = [0]
-    for distance in range(1, nearest + 256):
-        offsets += [-distance, distance]
-    for offset in offsets:
+    nearest = min(max(1, round(float(source) / (wanted * pool.area) * 2.0**SHIFT)), MAX_NUMERATOR - 1)
+    # One b or so in two is reached by a neighbour: the search ends after a few.
+    for offset in chain([0], *((-d, d) for d in range(1, _SEARCHED))):
         b = nearest + offset
-        if b < 1:
+        if not 1 <= b < MAX_NUMERATOR:
             continue
         target = np.float32(b / 2.0**SHIFT)
         middle = np.float32(float(source) * 2.0**SHIFT / (b * pool.area))

@@ -7,7 +7,8 @@ pooling see sums that white noise would average out.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
@@ -21,31 +22,70 @@ SPEC = "synthetic"
 CHANNELS = (1, 3, 4)
 SPATIAL_SIZE = 64  # divisible by the usual total stride of 32
 OTHER_SIZE = 8
+TOKENS = 32  # length of a made-up sentence
+DEVIATIONS = 3.0  # images are bounded: most 8-bit pixels lie within two and a half deviations of the mean
 SHARED_VARIANCE = 0.8  # of a pixel's variance, what all channels have in common: photographs are mostly luminance
 
 _Shape: TypeAlias = tuple[int, ...]
 
 
-def synthetic_dataset(inputs: Sequence[InputInfo], count: int, seed: int) -> Dataset:
+@dataclass(frozen=True)
+class InputMoments:
+    """Mean by channel (axis 1) and deviation of a float input, where the model tells them."""
+
+    mean: Array
+    deviation: float
+
+
+def limited(values: Array) -> Array:
+    """Numbers of deviation 1 kept within DEVIATIONS of 0."""
+    return np.clip(values, -DEVIATIONS, DEVIATIONS)
+
+
+def synthetic_dataset(
+    inputs: Sequence[InputInfo],
+    count: int,
+    seed: int,
+    *,
+    moments: Mapping[str, InputMoments] | None = None,
+    vocabularies: Mapping[str, int] | None = None,
+) -> Dataset:
     """`count` unlabelled samples; the same for the same inputs and `seed`, whatever part of them is read.
 
     Float inputs of rank 4 with 1, 3 or 4 channels (NCHW or NHWC) get correlated noise of mean 0 and deviation 1 per
     image, other floats standard normal numbers, inputs with `mask` in their name ones. Sizes that are not fixed: axis 0
-    is 1, height and width 64, unknown channels 3, all others 8; one symbolic name has one size in all inputs.
-    Raises DataError for integer inputs (the range of token ids is not known) and for inputs of unknown rank.
+    is 1, height and width 64, unknown channels 3, of tokens 32, all others 8; one symbolic name has one size in all inputs.
+    `moments`: inputs that get another mean and deviation, limited to three deviations. `vocabularies`: for token inputs how many
+    ids there are; they get uniform ids, but zeros where `type` or `segment` is in the name (one sentence).
+    Raises DataError for other integer inputs (the range of token ids is not known) and for inputs of unknown rank.
     """
     if count < 1:
         raise DataError(f"{SPEC} data: {count} samples were asked for; ask for at least 1")
+    known = dict(vocabularies or {})
     for info in inputs:
         if info.shape is None:
             raise DataError(f"input {info.name!r} has no shape, so that its data cannot be made up; give --data")
-        if not _is_mask(info) and not np.issubdtype(info.dtype, np.floating):
+        if needs_vocabulary(info) and info.name not in known:
             raise DataError(f"input {info.name!r} ({info.dtype}): token inputs need --data, their values cannot be made up")
-    return Dataset(SPEC, inputs, _SyntheticSource(inputs, count, seed))
+    return Dataset(SPEC, inputs, _SyntheticSource(inputs, count, seed, dict(moments or {}), known))
+
+
+def needs_vocabulary(info: InputInfo) -> bool:
+    """Whether an input holds integers (token ids) that cannot be made up without knowing their range."""
+    return not _is_mask(info) and not np.issubdtype(info.dtype, np.floating)
 
 
 class _SyntheticSource:
-    def __init__(self, inputs: Sequence[InputInfo], count: int, seed: int) -> None:
+    def __init__(
+        self,
+        inputs: Sequence[InputInfo],
+        count: int,
+        seed: int,
+        moments: dict[str, InputMoments],
+        vocabularies: dict[str, int],
+    ) -> None:
+        self._moments = moments
+        self._vocabularies = vocabularies
         self._count = count
         self._seed = seed
         self._inputs = [(info, image_axes(info.shape or ())) for info in inputs]
@@ -66,12 +106,23 @@ class _SyntheticSource:
             return np.ones(shape, info.dtype)
         # A generator of its own for each array: a subset of the samples is the same as in the whole.
         random = np.random.default_rng([self._seed, index, place])
+        if needs_vocabulary(info):
+            top = 1 if _is_segment(info) else self._vocabularies[info.name]
+            return random.integers(0, top, shape).astype(info.dtype)
         values = random.standard_normal(shape) if axes is None else _images(random, shape, axes)
+        moments = self._moments.get(info.name)
+        if moments is not None:
+            mean = moments.mean.reshape(1, -1, *[1] * (values.ndim - 2))
+            values = limited(values) * moments.deviation + mean
         return values.astype(info.dtype)
 
 
 def _is_mask(info: InputInfo) -> bool:
     return "mask" in info.name.lower()
+
+
+def _is_segment(info: InputInfo) -> bool:
+    return "type" in info.name.lower() or "segment" in info.name.lower()
 
 
 def image_axes(shape: Sequence[int | str | None]) -> tuple[int, int, int] | None:
@@ -92,17 +143,17 @@ def _sizes(inputs: Sequence[InputInfo]) -> list[_Shape]:
         axes = image_axes(info.shape or ())
         shape = []
         for axis, dim in enumerate(info.shape or ()):
-            size = dim if isinstance(dim, int) else _default_size(axis, axes)
+            size = dim if isinstance(dim, int) else _default_size(axis, axes, needs_vocabulary(info))
             shape.append(named.setdefault(dim, size) if isinstance(dim, str) else size)
         shapes.append(tuple(shape))
     return shapes
 
 
-def _default_size(axis: int, axes: tuple[int, int, int] | None) -> int:
+def _default_size(axis: int, axes: tuple[int, int, int] | None, tokens: bool) -> int:
     if axis == 0:
         return 1
     if axes is None:
-        return OTHER_SIZE
+        return TOKENS if tokens else OTHER_SIZE
     return 3 if axis == axes[0] else SPATIAL_SIZE
 
 

@@ -1,0 +1,83 @@
+"""Bias correction without data: what rounding the weights adds to the mean output, taken out of the int32 bias.
+
+    bias <- bias + (W - s q) E[x]        Nagel et al. 2019, section 4.2.1
+
+E[x] is known in closed form where x comes from BatchNormalizations through Relu, Clip and Add (`qcompile.expected`), else it is
+the mean over the synthetic inputs. The shift that rounded activations add is left alone: synthetic inputs would mismeasure it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from qcompile.context import Context
+from qcompile.errors import PassError
+from qcompile.expected import Expected, expected_values
+from qcompile.graph import Array, Const, Graph, Node, Value
+from qcompile.plan import LinearSite
+from qcompile.rewrite import Lossy, Promise, Report
+from qcompile.walk import Stream, linear_mean, mean_of
+
+
+@dataclass(frozen=True)
+class CorrectMeans:
+    """Moves int32 biases; only where no calibration data are given, in the place of `refine_layers`."""
+
+    name: str = "correct_means"
+    keeps: Promise = Lossy()
+
+    def run(self, graph: Graph, context: Context) -> Report:
+        """Rewrites: one a layer whose bias moved. Needs int32 biases and `context.samples`; runs once."""
+        report = Report()
+        plan, original = context.plan, context.float_graph
+        if not context.synthetic or plan is None or original is None or plan.refined or not context.settings.bias_correction:
+            return report
+        plan.refined = True
+        expected = expected_values(original, context.batch_norms)
+        by_name = {n.name: n for n in original.nodes}
+        stream = Stream(original, context.samples)
+        for site in plan.linears:
+            if context.progress is not None:
+                context.progress("correcting means")
+            node = by_name[site.node.name]
+            source = node.inputs[0]
+            assert isinstance(source, Value)
+            means = _means(mean_of(stream.values(source)), expected.get(source.name))
+            report.rewrites += _correct(site, node, means)
+        return report
+
+
+def _means(synthetic: list[tuple[Array, int]], known: Expected | None) -> list[tuple[Array, int]]:
+    """The input's mean by shape: from statistics the same at all positions of a channel, else what the synthetic inputs gave."""
+    if known is None:
+        return synthetic
+    mean = known.statistics.mean
+    return [(np.broadcast_to(mean.reshape(1, -1, *[1] * (m.ndim - 2)), m.shape), count) for m, count in synthetic]
+
+
+def _correct(site: LinearSite, original: Node, means: list[tuple[Array, int]]) -> bool:
+    weight = original.constant(1)
+    assert weight is not None and site.weight_scale is not None
+    values = weight.array()
+    shape = [1] * values.ndim
+    shape[site.axis] = -1
+    rounded = _stored(site.node, 1).array().astype(np.float32) * site.weight_scale.reshape(shape)
+    step = site.source.scale.astype(np.float64) * site.weight_scale.astype(np.float64)
+    shift = np.rint(linear_mean(original, values - rounded, means) / step).astype(np.int64)
+    bias = _stored(site.node, 2)
+    corrected = bias.array().astype(np.int64) + shift
+    if (np.abs(corrected) >= 2**30).any():  # the weights' scales left half of int32 to the products
+        label = site.node.label
+        raise PassError(f"node '{label}': the corrected bias leaves int32; leave it float with --exclude '{label}'")
+    bias.assign(corrected.astype(np.int32))
+    return bool(shift.any())
+
+
+def _stored(node: Node, index: int) -> Const:
+    producer = node.inputs[index].producer
+    constant = producer.constant(0) if producer is not None else None
+    if constant is None:
+        raise PassError(f"node '{node.label}': input {index} is not a dequantised constant")
+    return constant

@@ -1,0 +1,148 @@
+"""Matrix products on integers whose activations are quantised as they come, so that no calibration data are needed.
+
+    x -> MatMul(W) [-> Add(b)]      becomes     x -> DynamicQuantizeLinear -> (q, s, z)
+                                                y  = Cast(MatMulInteger(q, W_int8, z)) * (s * Sw) [+ b]
+
+1. MatMul(x, W) with constant float W of rank 2; an Add of a bias behind it stays and is fused by onnxruntime.
+2. Gemm(x, W, C) with alpha and transB in the constants; beta * C becomes an Add.
+
+onnxruntime runs each as one DynamicQuantizeMatMul or, where several products read one x, as one DynamicQuantizeLinear with
+MatMulIntegerToFloat. Weights: one symmetric scale a column, chosen by squared error, under the pair rule for `--target any`.
+
+It must not fire, and counts the reason, on convolutions (ConvInteger is slower than float), on products of two activations, where
+W is the left operand, shared scales over batches (rank 3) or not float32, on Gemm with transA, nor on what `--exclude` names.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from onnx import TensorProto, helper
+
+from qcompile.context import Context
+from qcompile.errors import ModelError, PassError
+from qcompile.graph import Graph, Node, Tensor, Value
+from qcompile.passes._match import is_op
+from qcompile.placement import linear_refusal
+from qcompile.qparams import quantise_weight
+from qcompile.rewrite import Lossy, Promise, Report
+
+_CONVOLUTION = "no data: a convolution needs static ranges; give --data"
+
+
+@dataclass(frozen=True)
+class QuantiseDynamic:
+    """Dynamic activations, static int8 weights for MatMul and Gemm."""
+
+    name: str = "quantise_dynamic"
+    keeps: Promise = Lossy()
+
+    def run(self, graph: Graph, context: Context) -> Report:
+        """Rewrites: one a matrix product. Raises ModelError where there is none and none was done before."""
+        report = Report()
+        inserter = _Inserter(graph, context)
+        for node in list(graph.nodes):
+            if not is_op(node, "Conv", "ConvTranspose", "MatMul", "Gemm"):
+                continue
+            reason = dynamic_refusal(node, context)
+            if reason is not None:
+                report.refuse(node.label, reason)
+                continue
+            inserter.rewrite(node)
+            report.rewrites += 1
+        if not report.rewrites and not any(n.op == "MatMulInteger" for n in graph.nodes):
+            raise ModelError("no node can be quantised without data: there is no Gemm/MatMul with constant weights; give --data")
+        graph.cleanup()
+        graph.sort()
+        return report
+
+
+def dynamic_refusal(node: Node, context: Context) -> str | None:
+    """None where `node` becomes an integer product of dynamic activations, else why it stays float."""
+    if node.op in ("Conv", "ConvTranspose"):
+        return "excluded by --exclude" if context.settings.excluded(node.name) else _CONVOLUTION
+    if node.op == "Gemm":
+        if context.settings.excluded(node.name):
+            return "excluded by --exclude"
+        weight = node.constant(1)
+        if node.attr("transA", 0):
+            return "Gemm with transA"
+        if weight is None or weight.elem_type != TensorProto.FLOAT or not isinstance(node.inputs[0], Value):
+            return "weights are computed at run time or not float32"
+        return None
+    weight = node.constant(1)
+    if context.settings.excluded(node.name):
+        return "excluded by --exclude"
+    if weight is None:
+        return "weights are the left operand" if node.constant(0) is not None else "product of two activations"
+    if weight.elem_type != TensorProto.FLOAT or not isinstance(node.inputs[0], Value):
+        return "weights are computed at run time or not float32"
+    return None if len(weight.dims) == 2 else "MatMul with weights of rank other than 2"
+
+
+@dataclass
+class _Inserter:
+    graph: Graph
+    context: Context
+    quantised: dict[Tensor, Node] = field(default_factory=dict)  # one DynamicQuantizeLinear a tensor, whoever reads it
+
+    def rewrite(self, node: Node) -> None:
+        """Put the integer product in the place of `node`; its output keeps its name."""
+        graph, x, output = self.graph, node.inputs[0], node.outputs[0]
+        weight = node.constant(1)
+        assert weight is not None
+        matrix = weight.array()
+        if node.op == "Gemm":
+            matrix = (matrix.T if node.attr("transB", 0) else matrix) * np.float32(node.attr("alpha", 1.0))
+        bias = self._bias(node)
+        name, label, dims = weight.name, node.label, output.dims
+        integers, scale = self._round(matrix, label)
+        graph.remove(node)
+        dynamic = self._quantise(x)
+        stored = graph.constant(name + "_int8", integers)
+        factor = graph.constant(name + "_scale", scale)
+        product = graph.node(
+            "MatMulInteger", [dynamic.outputs[0], stored, dynamic.outputs[2]], [output.name + "_int32"], name=label + "_integer"
+        )
+        as_float = graph.node("Cast", [product.outputs[0]], [output.name + "_cast"], to=TensorProto.FLOAT)
+        scales = graph.node("Mul", [dynamic.outputs[1], factor], [output.name + "_scales"])
+        result = output if bias is None else Value(graph.fresh_name(output.name + "_product"))
+        if bias is not None and dims is not None:
+            result.type = helper.make_tensor_type_proto(TensorProto.FLOAT, list(dims))
+        graph.node("Mul", [as_float.outputs[0], scales.outputs[0]], [result], name=label)
+        if bias is not None:
+            graph.node("Add", [result, bias], [output])
+
+    def _bias(self, node: Node) -> Tensor | None:
+        """What a Gemm adds, beta included; None where nothing is added (the Add behind a MatMul stays where it is)."""
+        added = node.input(2) if node.op == "Gemm" else None
+        beta = float(node.attr("beta", 1.0))
+        if added is None or beta == 1.0:
+            return added
+        constant = node.constant(2)
+        if constant is not None:
+            return self.graph.constant(constant.name + "_beta", constant.array() * np.float32(beta))
+        factor = self.graph.constant(node.label + "_beta", np.asarray(beta, np.float32))
+        return self.graph.node("Mul", [added, factor], [added.name + "_beta"]).outputs[0]
+
+    def _quantise(self, x: Tensor) -> Node:
+        if x not in self.quantised:
+            names = [x.name + "_quantized", x.name + "_scale", x.name + "_zero_point"]
+            self.quantised[x] = self.graph.node("DynamicQuantizeLinear", [x], names, name=x.name + "_dq")
+        return self.quantised[x]
+
+    def _round(self, matrix: np.ndarray, label: str) -> tuple[np.ndarray, np.ndarray]:  # type: ignore[type-arg]
+        """int8 [K, N] and its scale [N]; the kernel's K order is that of the rows."""
+        settings = self.context.settings
+        try:
+            result = quantise_weight(
+                matrix.T,
+                np.float32(1.0),
+                None,
+                pair_rule=settings.target == "any",
+                candidates=8 if settings.effort == "fast" else 24,
+            )
+        except ValueError as error:
+            raise PassError(f"node '{label}': {error}; leave it float with --exclude '{label}'") from error
+        return np.ascontiguousarray(result.values.T), result.scale
