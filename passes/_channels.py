@@ -54,6 +54,13 @@ def source_of(tensor: Tensor) -> Node | None:
         current = following
 
 
+def behind_moves(tensor: Tensor) -> Tensor:
+    """The tensor that data movement made `tensor` from."""
+    while tensor.producer is not None and is_op(tensor.producer, *_MOVES):
+        tensor = tensor.producer.inputs[0]
+    return tensor
+
+
 def _carried_input(node: Node) -> Tensor | None:
     """The input whose channels `node` hands on; None where it does anything else."""
     if node.op in _MOVES:

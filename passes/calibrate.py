@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from qcompile.context import Context
 from qcompile.graph import Graph, Value
@@ -23,7 +23,7 @@ class Calibrate:
     """
 
     name: str = "calibrate"
-    keeps: Promise = Exact()
+    keeps: Promise = field(default_factory=Exact)
 
     def run(self, graph: Graph, context: Context) -> Report:
         """No rewrites. Raises DataError on empty data, NaN or Inf."""

@@ -8,7 +8,7 @@ the mean over the synthetic inputs. The shift that rounded activations add is le
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -26,7 +26,7 @@ class CorrectMeans:
     """Moves int32 biases; only where no calibration data are given, in the place of `refine_layers`."""
 
     name: str = "correct_means"
-    keeps: Promise = Lossy()
+    keeps: Promise = field(default_factory=Lossy)
 
     def run(self, graph: Graph, context: Context) -> Report:
         """Rewrites: one a layer whose bias moved. Needs int32 biases and `context.samples`; runs once."""

@@ -6,7 +6,7 @@ synthetic inputs reached. Where the statistics say less than nothing (all channe
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from qcompile.context import Context
 from qcompile.expected import expected_values
@@ -19,7 +19,7 @@ class ExpectRanges:
     """Overrides extremes in `context.observers`; only where no calibration data are given, between `calibrate` and `quantise`."""
 
     name: str = "expect_ranges"
-    keeps: Promise = Exact()
+    keeps: Promise = field(default_factory=Exact)
 
     def run(self, graph: Graph, context: Context) -> Report:
         """No rewrites; refusals count the tensors that keep the synthetic range."""

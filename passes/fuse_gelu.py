@@ -11,8 +11,8 @@ onnxruntime fuses only some orders of form 1 itself, so on those this gains noth
 MEASURED
 every other runtime sees one operator, and the integer kernels find it by name.
 
-It must not fire below opset 20, on other types than float32, where the constants differ by more than 2e-4, or where a step in between is
-read elsewhere too or is an output of the graph.
+It must not fire below opset 20, on other types than float32, where the constants differ by more than 2e-4, or where a step in
+between is read elsewhere too or is an output of the graph.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from dataclasses import dataclass, field
 from math import isclose, pi, sqrt
 
 from onnx import TensorProto
-from qcompile.passes._match import is_op, scalar_of, single_consumer
 
 from qcompile.context import Context
 from qcompile.graph import Graph, Node, Tensor, Value
+from qcompile.passes._match import is_op, scalar_of, single_consumer
 from qcompile.rewrite import Close, Promise, Report
 
 Polynomial = dict[tuple[int, int], float]  # {(power of x, power of e): coefficient}

@@ -25,17 +25,17 @@ from dataclasses import dataclass, field
 from math import prod
 
 import numpy as np
-from qcompile.passes._match import FLOATS, is_op
 
 from qcompile.context import Context
 from qcompile.graph import Const, Graph, Node, Tensor, Value
+from qcompile.passes._match import FLOATS, is_op
 from qcompile.rewrite import Close, Promise, Report
 
 _DEPTHWISE, _DENSE = 16, 4
-_UNARY = frozenset(
-    ["AveragePool", "Celu", "Clip", "Elu", "Gelu", "GlobalAveragePool", "GlobalMaxPool", "HardSigmoid", "HardSwish", "Identity"]
-    + ["LeakyRelu", "MaxPool", "Mish", "Relu", "Selu", "Sigmoid", "Softplus", "Softsign", "Swish", "Tanh", "ThresholdedRelu"]
+_ACTIVATIONS = frozenset(
+    ["Celu", "Clip", "Elu", "Gelu", "HardSigmoid", "HardSwish", "LeakyRelu", "Mish", "Relu", "Selu", "Sigmoid", "Swish", "Tanh"]
 )
+_POOLS = frozenset(["AveragePool", "GlobalAveragePool", "GlobalMaxPool", "Identity", "MaxPool"])
 _BINARY = frozenset(["Add", "Sub", "Mul"])
 _READ = "its channels are read by an operator that has no zero to skip"
 _MADE = "its channels come from an operator that cannot add zeros"
@@ -87,12 +87,14 @@ def _is_conv(node: Node) -> bool:
 
 
 def _is_depthwise(node: Node) -> bool:
+    if not is_op(node, "Conv"):
+        return False
     dims = node.inputs[1].dims
-    return is_op(node, "Conv") and dims is not None and 1 < node.attr("group", 1) == dims[0] and dims[1] == 1
+    return dims is not None and 1 < node.attr("group", 1) == dims[0] and dims[1] == 1
 
 
 def _pays(node: Node, growth: float) -> bool:
-    """Whether a dense Conv gains by `growth` times the input channels: the kernel is twice as fast, but for small K and N only."""
+    """Whether a dense Conv gains by `growth` times the input channels: twice as fast for small kernels."""
     outputs, _, *kernel = (int(d) for d in node.inputs[1].dims or ())
     area = prod(kernel)
     if area == 1 or outputs < 16:
@@ -161,10 +163,10 @@ class _Region:
 
     def _through(self, node: Node) -> list[Value] | None:
         """The data inputs and the output of a node that works on each channel for itself; None for any other."""
-        if _is_depthwise(node) and _is_conv(node):
+        if _is_conv(node) and _is_depthwise(node):
             self.depthwise[node] = None
             return _values([node.inputs[0], node.outputs[0]])
-        if is_op(node, *_UNARY) and len(node.outputs) == 1:
+        if is_op(node, *_ACTIVATIONS, *_POOLS) and len(node.outputs) == 1:
             return _values([node.inputs[0], node.outputs[0]])
         if not is_op(node, *_BINARY):
             return None

@@ -90,6 +90,7 @@ class _Inserter:
             for output in node.outputs:
                 if output in placement.quantised:
                     self._quantise_float(output)
+        self._shield()
         graph.cleanup()
         graph.sort()
         return self.pairs
@@ -150,6 +151,24 @@ class _Inserter:
         first = min(members, key=lambda t: t.name != place_.tensors[0])
         place_.scale_const = self.graph.constant(first.name + "_scale", np.asarray(place_.scale, np.float32))
         place_.zero_const = self.graph.constant(first.name + "_zero_point", np.asarray(place_.zero_point, kind.dtype))
+
+    def _shield(self) -> None:
+        """Put a copy (Sum of one) behind each float Conv or Gemm that stands between DQ and Q.
+
+        onnxruntime takes DQ -> Conv -> Q for a quantised node whatever its weights are, and would round them, one scale a tensor.
+        """
+        sites = {site.node for site in self.plan.linears}
+        for node in list(self.graph.nodes):
+            if node in sites or node.op not in ("Conv", "ConvTranspose", "Gemm") or node.constant(1) is None:
+                continue
+            source = node.inputs[0].producer
+            while source is not None and shares_scale(source):
+                source = source.inputs[0].producer
+            output = node.outputs[0]
+            readers = {n.op for n in output.consumers}
+            if source is not None and source.op == "DequantizeLinear" and readers & {"QuantizeLinear", "Relu", "Clip"}:
+                node.outputs[0] = Value(self.graph.fresh_name(output.name + "_unshielded"), output.type)
+                self.graph.node("Sum", [node.outputs[0]], [output])
 
     def _quantise_float(self, tensor: Value) -> None:
         """Q and DQ for a tensor that stays float for its float readers."""

@@ -24,7 +24,6 @@ from qcompile.context import Context
 from qcompile.errors import ModelError, PassError
 from qcompile.graph import Graph, Node, Tensor, Value
 from qcompile.passes._match import is_op
-from qcompile.placement import linear_refusal
 from qcompile.qparams import quantise_weight
 from qcompile.rewrite import Lossy, Promise, Report
 
@@ -36,7 +35,7 @@ class QuantiseDynamic:
     """Dynamic activations, static int8 weights for MatMul and Gemm."""
 
     name: str = "quantise_dynamic"
-    keeps: Promise = Lossy()
+    keeps: Promise = field(default_factory=Lossy)
 
     def run(self, graph: Graph, context: Context) -> Report:
         """Rewrites: one a matrix product. Raises ModelError where there is none and none was done before."""

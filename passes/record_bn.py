@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from qcompile.bn_statistics import batch_norm_records
 from qcompile.context import Context
@@ -15,7 +15,7 @@ class RecordBatchNorm:
     """Fills `context.batch_norms`; only where no calibration data are given."""
 
     name: str = "record_bn"
-    keeps: Promise = Exact()
+    keeps: Promise = field(default_factory=Exact)
 
     def run(self, graph: Graph, context: Context) -> Report:
         """No rewrites."""

@@ -73,7 +73,7 @@ class SearchRanges:
 
 def _measure(plan: Plan, original: Graph, context: Context, samples: int) -> dict[ScaleClass, _Errors]:
     classes = {name: place for place in plan.classes for name in place.tensors}
-    integer = {s.node.name for s in [*plan.linears, *plan.adds, *plan.pools]}
+    integer = {n.name for n in [*(s.node for s in plan.linears), *(s.node for s in plan.adds), *(s.node for s in plan.pools)]}
     picked = context.samples[:: max(1, len(context.samples) // samples)][:samples]
     stream = Stream(original, picked)
     errors: dict[ScaleClass, _Errors] = {}
@@ -143,7 +143,7 @@ def _bare_session(node: Node) -> Session | None:
     if node.op == "Add":
         return None
     source, result = Value("x"), Value("y")
-    constants = [t for t in node.inputs[1:2]]
+    constants = list(node.inputs[1:2])
     copy = Node(node.op, "reader", [source, *constants], [result], attrs=dict(node.attrs))
     try:
         return segment_session(None, [copy], [(source, np.dtype(np.float32))], [result])
@@ -156,9 +156,6 @@ def _best(place: ScaleClass, errors: _Errors) -> tuple[float, float]:
     factors = np.asarray(FACTORS)
     lows, highs = place.low * factors, place.high * factors
     step = (highs[None, :] - lows[:, None]) / (place.high - place.low)
-    import os
-
-    L = float(os.environ.get("LAM", "1"))
-    total = errors.rounding * step**2 + L * errors.low[:, None] + L * errors.high[None, :]
+    total = errors.rounding * step**2 + errors.low[:, None] + errors.high[None, :]
     i, j = np.unravel_index(int(np.argmin(total)), total.shape)
     return float(lows[i]), float(highs[j])

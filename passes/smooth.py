@@ -25,7 +25,7 @@ import numpy as np
 from qcompile.context import Context
 from qcompile.errors import PassError
 from qcompile.graph import Array, Graph, Node, Tensor, Value
-from qcompile.passes._channels import Reach, Tracer, is_layer_norm, same_columns, source_of
+from qcompile.passes._channels import Reach, Tracer, behind_moves, is_layer_norm, same_columns, source_of
 from qcompile.passes._linear import bias_of, linear_at, scaled, weight_of, write
 from qcompile.passes._match import set_type
 from qcompile.passes.quantise import scale_sources
@@ -70,7 +70,7 @@ class Smooth:
                 context.progress("smoothing")
             observer = context.observers[group.x.name]
             observer.settled = True
-            scale = self._choose(group, observer, _rows(stream.values(group.x), self.rows), context.activations)
+            scale = self._choose(group, observer, _rows(stream.values(group.x), self.rows), context)
             if scale is None:
                 report.refuse(group.gemms[0].label, "no gain on the samples")
             else:
@@ -84,15 +84,16 @@ class Smooth:
             _check_observers(graph, context)
         return report
 
-    def _choose(self, group: _Group, observer: Observer, rows: Array, kind: ActivationType) -> Array | None:
+    def _choose(self, group: _Group, observer: Observer, rows: Array, context: Context) -> Array | None:
         """The scales [K] with the least error, float32; None where none gains enough."""
         weights = [_matrix(g) for g in group.gemms]
         wanted = [rows @ w for w in weights]
-        plain = _error(rows, weights, wanted, observer, np.ones(rows.shape[1], np.float32), kind)
+        top, kind = 2 ** (context.settings.bits - 1) - 1, context.activations
+        plain = _error(rows, weights, wanted, observer, np.ones(rows.shape[1], np.float32), kind, top)
         best, least = None, plain * 10 ** (-self.least_gain_db / 10)
         for strength in self.strengths:
             scale = migration_scale(observer, weights, strength)
-            error = _error(rows, weights, wanted, observer, scale, kind)
+            error = _error(rows, weights, wanted, observer, scale, kind, top)
             if error < least:
                 best, least = scale, error
         return best
@@ -123,9 +124,9 @@ def migration_scale(observer: Observer, weights: list[Array], strength: float) -
 
 
 def _error(
-    rows: Array, weights: list[Array], wanted: list[Array], observer: Observer, scale: Array, kind: ActivationType
+    rows: Array, weights: list[Array], wanted: list[Array], observer: Observer, scale: Array, kind: ActivationType, top: int
 ) -> float:
-    """Squared error of the products in 8 bits, relative to their variance, summed over the Gemms."""
+    """Squared error of the quantised products (weights within +-top), relative to their variance, summed over the Gemms."""
     assert observer.lows is not None and observer.highs is not None
     low, high = float((observer.lows / scale).min()), float((observer.highs / scale).max())
     step, zero = activation_params(low, high, kind)
@@ -133,7 +134,7 @@ def _error(
     total = 0.0
     for weight, product in zip(weights, wanted, strict=True):
         moved = weight * scale[:, None]
-        grid = np.maximum(np.abs(moved).max(axis=0), np.float32(1e-30)) / np.float32(127)
+        grid = np.maximum(np.abs(moved).max(axis=0), np.float32(1e-30)) / np.float32(top)
         difference = x @ (np.rint(moved / grid) * grid) - product
         total += float(np.square(difference - difference.mean(axis=0)).sum(dtype=np.float64)) / max(
             float(np.square(product - product.mean(axis=0)).sum(dtype=np.float64)), 1e-30
@@ -220,8 +221,8 @@ class _Targets:
         return ""
 
     def _insertion(self, group: _Group) -> str:
-        producer = group.x.producer
-        if producer is None:
+        producer, origin = group.x.producer, behind_moves(group.x)
+        if producer is None or origin.producer is None:
             return "an input of the model"
         integer = self.placement.integer | self.placement.folded | set(self.placement.linears)
         if producer in integer:

@@ -2,14 +2,14 @@
 
     LayerNormalization(Add(x, y))    becomes    LayerNormalization(Sum(x, y))
 
-onnxruntime fuses Add + LayerNormalization into one SkipLayerNormalization, which is slower than the two apart (minilm on integers:
-by a fifth); it does not know the pattern with Sum. It must not fire where an operand is a constant or is not float32, nor below
+onnxruntime fuses Add + LayerNormalization into one SkipLayerNormalization, which is slower than the two apart (minilm on
+integers: by a fifth); it does not know the pattern with Sum. It must not fire where an operand is a constant or is not float32, nor below
 opset 8 (Sum without broadcasting).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from onnx import TensorProto
 
@@ -24,7 +24,7 @@ class SumResiduals:
     """Add -> Sum in front of LayerNormalization."""
 
     name: str = "sum_residuals"
-    keeps: Promise = Exact()
+    keeps: Promise = field(default_factory=Exact)
 
     def run(self, graph: Graph, context: Context) -> Report:
         """Rewrites: one an Add."""

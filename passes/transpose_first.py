@@ -4,8 +4,8 @@
 2. Transpose [N, H W, C] -> [N, C, H W], Reshape -> [N, C, H, W]   becomes   Reshape -> [N, H, W, C], Transpose -> [N, C, H, W]
 
 onnxruntime computes int8 convolutions channels-last and puts a Transpose before and behind them; written this way these cancel
-against the model's own. Patch embeddings of vision transformers have form 1, mixed models (SegFormer, PVT) form 2 too. vit_mnist, one
-thread, onnxruntime 1.32: .1245 -> .1177 ms, ratio .945.
+against the model's own. Patch embeddings of vision transformers have form 1, mixed models (SegFormer, PVT) form 2 too. vit_mnist,
+one thread, onnxruntime 1.32: .1245 -> .1177 ms, ratio .945.
 
 It must not fire where the tensor in between is read by others, or where sizes are not known to agree.
 """
@@ -14,13 +14,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from qcompile.context import Context
+from qcompile.graph import Graph, Node, Value
 from qcompile.passes._dims import Dims
 from qcompile.passes._match import is_op, set_type, single_consumer
 from qcompile.passes._shape_values import Shapes
 from qcompile.passes._shape_vector import Targets
-
-from qcompile.context import Context
-from qcompile.graph import Graph, Node, Value
 from qcompile.rewrite import Exact, Promise, Report
 
 

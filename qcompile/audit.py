@@ -135,7 +135,10 @@ def _is_kernel(node: Node) -> bool:
     if node.op == "MatMulNBits":
         level = node.attribute("accuracy_level")
         return level is not None and level.i == _INTEGER_ACCURACY_LEVEL
-    return node.op in _KERNEL_WEIGHT or node.op.startswith(("QLinear", "QOrdered")) or node.op == "DynamicQuantizeLSTM"
+    # NhwcMaxPool exists for 8-bit tensors only, and carries no type that shape inference knows.
+    return (
+        node.op in _KERNEL_WEIGHT or node.op.startswith(("QLinear", "QOrdered")) or node.op in ("DynamicQuantizeLSTM", "NhwcMaxPool")
+    )
 
 
 def _kind(wiring: Wiring, node: Node) -> bool | None:

@@ -1,6 +1,6 @@
 """What a BatchNormalization remembers of the training data, used where no data are given.
 
-    y = gamma (x - mean) / sqrt(var + eps) + beta      so that, over the training data, y ~ (beta, gamma^2) in each channel
+y = gamma (x - mean) / sqrt(var + eps) + beta      so that, over the training data, y ~ (beta, gamma^2) in each channel
 """
 
 from __future__ import annotations
@@ -53,7 +53,13 @@ def batch_norm_records(graph: Graph) -> list[BatchNormRecord]:
         if not any(n.op in ("Add", "Sub", "Mul", "Div") and any(map(_is_const, n.inputs)) for n in output.consumers):
             names.append(output.name + "_bn")
         producer = before.producer
-        if len(names) > 1 and producer is not None and producer.op in _LINEAR and len(before.consumers) == 1 and not graph.is_pinned(before):
+        if (
+            len(names) > 1
+            and producer is not None
+            and producer.op in _LINEAR
+            and len(before.consumers) == 1
+            and not graph.is_pinned(before)
+        ):
             names.append(before.name)
         records.append(BatchNormRecord(tuple(names), ChannelStatistics(mean, deviation)))
     return records

@@ -213,7 +213,7 @@ def bench_models(
     data = None if data_spec is None else load_dataset(data_spec, inputs, preprocess=preprocess)
     feeds = _made_up(inputs) if data is None else next(iter(data)).feeds
     both = [feeds, convert(feeds) if convert else feeds]
-    timed = measure_latency([float_path, quantised_path], both, rounds=rounds, slot_seconds=slot_seconds, threads=threads)
+    timed = measure_latency([float_path, quantised_path], both, rounds=rounds, threads=threads)
     sizes = Measured(None, timed, size_bytes(float_path), size_bytes(quantised_path))
     return {"latency_ms": sizes.latency_json(), "size_bytes": sizes.size_json(), "rounds": rounds}
 

@@ -31,13 +31,17 @@ def input_covariance(node: Node, weight_shape: tuple[int, ...], arrays: Iterable
     wanted = max(1, min(max(_ROWS_PER_COLUMN * width, _LEAST_ROWS), _MOST_ROWS) // max(count, 1))
     random = np.random.default_rng(seed)
     total, mean, rows = np.zeros((groups, width, width)), np.zeros((groups, width)), 0
+    shift: Array | None = None
     for array in arrays:
         part = (
             _rows(array, width, wanted, random)
             if node.op == "Gemm"
             else _patches(node, weight_shape, array, groups, wanted, random)
         )
-        # float32 products, float64 sums: a few hundred rows at a time lose nothing that matters beside the damping.
+        # Near the mean of the first sample, so that no large means cancel: those would leave noise of either sign where there
+        # is no variance. Then float32 products and float64 sums lose nothing that matters beside the damping.
+        shift = part.mean(axis=1, dtype=np.float64, keepdims=True).astype(np.float32) if shift is None else shift
+        part = part - shift
         total += np.matmul(np.swapaxes(part, 1, 2), part)
         mean += part.sum(axis=1, dtype=np.float64)
         rows += part.shape[1]

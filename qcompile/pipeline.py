@@ -16,9 +16,9 @@ from qcompile.check import Measured, Progress, broke_limit, fusion_json, judge, 
 from qcompile.context import Context, Settings
 from qcompile.convert import lower_opset
 from qcompile.data import Dataset, load_dataset
-from qcompile.errors import DataError, InputError, LimitError, PassError
+from qcompile.errors import DataError, InputError, LimitError, PassError, QcompileError
 from qcompile.graph import Graph
-from qcompile.graph_io import write_model
+from qcompile.graph_io import load_proto, write_model
 from qcompile.integer_inputs import take_integers
 from qcompile.load import Loaded, load_model
 from qcompile.made_up import make_up
@@ -29,6 +29,7 @@ from qcompile.report_file import file_record, peak_rss_mb
 from qcompile.rewrite import Pass, Report
 from qcompile.runtime import Feeds
 from qcompile.samples import model_inputs
+from qcompile.tensors import is_external, location
 
 _CHECK_FEEDS = 2
 _OWN_SAMPLES = 32  # calibration samples that stand in where no --eval is given
@@ -116,9 +117,13 @@ def compile_model(
         lower_opset(loaded.graph, opset)
     _stamp(loaded, settings)
     loaded.graph.save(path)
-    audited = audit(path)
-    measured, measured_on = _measure(source, path, given, latency, effort, progress)
-    report = _report(source, path, loaded, settings, rows, audited, measured, context, given)
+    try:
+        audited = audit(path)
+        measured, measured_on = _measure(source, path, given, latency, effort, progress)
+        report = _report(source, path, loaded, settings, rows, audited, measured, context, given)
+    except BaseException:  # Ctrl-C too: a file that was never measured must not look like a result
+        _discard(path)
+        raise
     report["data"]["evaluation"] = measured_on
     report["seconds"] = round(time.perf_counter() - start, 3)
     report["peak_rss_mb"] = peak_rss_mb()
@@ -126,6 +131,13 @@ def compile_model(
     if max_drop is not None:
         compiled = _enforce(compiled, measured, max_drop)
     return compiled
+
+
+def _discard(path: Path) -> None:
+    """Remove a written model, and the file of its own that holds its weights where they lie outside."""
+    outside = {location(t) for t in load_proto(path).graph.initializer if is_external(t)}
+    for file in (path, *(path.parent / name for name in sorted(outside))):
+        file.unlink(missing_ok=True)
 
 
 def _open_data(
@@ -191,15 +203,26 @@ def _run_pass(step: Pass, graph: Graph, context: Context, verifier: Verifier) ->
     nodes, size = len(graph.nodes), _constant_bytes(graph)
     verifier.before(graph, step)
     start = time.perf_counter()
-    report = step.run(graph, context)
+    report = _apply(step, graph, context)
     seconds = time.perf_counter() - start
     ratio = None
     if report.rewrites:
-        ratio = verifier.after(graph, step, finished=_finished(graph))
-        again = step.run(graph, context)
+        ratio = verifier.after(graph, step, finished=_finished(context))
+        again = _apply(step, graph, context)
         if again.rewrites:
             raise PassError(f"pass '{step.name}' found {again.rewrites} more rewrites when run twice; please report this model")
     return _row(step, report, seconds, ratio, len(graph.nodes) - nodes, _constant_bytes(graph) - size)
+
+
+def _apply(step: Pass, graph: Graph, context: Context) -> Report:
+    """Run `step`; a fault of the program becomes a PassError that names it (its cause stays chained)."""
+    try:
+        return step.run(graph, context)
+    except (QcompileError, MemoryError):
+        raise
+    except Exception as error:  # a pass may fail in any way; whatever it was, the user must learn where
+        words = " ".join(str(error).split())[:300]
+        raise PassError(f"pass '{step.name}' failed: {type(error).__name__}: {words}; please report this model") from error
 
 
 def _row(step: Pass, report: Report, seconds: float, ratio: float | None, nodes: int, size: int) -> dict[str, Any]:
@@ -215,17 +238,10 @@ def _row(step: Pass, report: Report, seconds: float, ratio: float | None, nodes:
     }
 
 
-def _finished(graph: Graph) -> bool:
-    """Whether no linear node between Q and DQ holds float weights or a float bias any more."""
-    for node in graph.nodes:
-        if (
-            node.op in ("Conv", "Gemm")
-            and node.inputs[0].producer is not None
-            and node.inputs[0].producer.op == "DequantizeLinear"
-        ):
-            if any(node.constant(i) is not None for i in (1, 2)):
-                return False
-    return True
+def _finished(context: Context) -> bool:
+    """Whether no node that was quantised holds float weights (or, where they become int32, a float bias) any more."""
+    inputs = (1,) if context.settings.target == "tensorrt" else (1, 2)
+    return context.plan is None or all(s.node.constant(i) is None for s in context.plan.linears for i in inputs)
 
 
 def _constant_bytes(graph: Graph) -> int:

@@ -228,6 +228,11 @@ def test_an_input_of_the_model_is_not_scaled() -> None:
     assert refused(model, [{"x": f["x"] * OUTLIERS} for f in rows(20, K)]) == "an input of the model"
 
 
+def test_a_flattened_input_of_the_model_is_not_scaled() -> None:
+    model = parse("g (float[M,4,4] x) => (float[M,8] y) { f = Flatten(x) y = Gemm(f, w) }", w=floats(K, 8))
+    assert refused(model, [{"x": floats(20, 4, 4) * OUTLIERS.reshape(4, 4)}]) == "an input of the model"
+
+
 def test_a_sum_done_in_integers_is_not_torn_apart() -> None:
     text = f"g (float[M,{K}] x) => (float[M,8] y) {{ a = Gemm(x, w) b = Gemm(x, u) s = Add(a, b) y = Gemm(s, v) }}"
     model = parse(text, w=floats(K, K) * OUTLIERS, u=floats(K, K, seed=1) * OUTLIERS, v=floats(K, 8, seed=2))
