@@ -14,6 +14,7 @@ from qcompile.passes.fuse_linear import FuseLinear
 from qcompile.passes.integer_bias import IntegerBias
 from qcompile.passes.linear_form import LinearForm
 from qcompile.passes.lower_qoperator import LowerQOperator
+from qcompile.passes.patch_to_gemm import PatchToGemm
 from qcompile.passes.pool_to_conv import PoolToConv
 from qcompile.passes.quantise import Quantise
 from qcompile.passes.quantise_dynamic import QuantiseDynamic
@@ -37,6 +38,7 @@ PASSES: tuple[Pass, ...] = (
     RecordBatchNorm(),
     FoldBatchNorm(),
     FuseLinear(),
+    PatchToGemm(),
     LinearForm(),
     SinkReshapes(),
     Eliminate(),

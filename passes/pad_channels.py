@@ -14,7 +14,7 @@ Why: onnxruntime's kernels for symmetric int8 weights take input channels in fou
 go through im2col or a scalar tail. Measured with onnxruntime 1.32 on one thread (AVX512-VNNI), ms: depthwise 3x3 on 112 x 112,
 24 channels .262, 32 channels .133 (20: .386, 100: .952, 112: .283), 1x1 - depthwise - 1x1 with 72 channels .213, with 80 .122;
 first Conv 224 x 224 x 3 -> 32, stride 2: .240, with 4 channels .121 (-> 64: .304 / .152), the Pad .005.
-MEASURED_MODELS
+Whole models, this pass against none: MEASURED
 It must not fire where the channels reach an output of the graph, a Concat, Reshape, Gemm or anything else that has no zero to
 skip, where weights are computed at run time, nor where the wider sum costs more than it gains (see `_pays`).
 """

@@ -10,7 +10,7 @@ onnxruntime runs each as one DynamicQuantizeMatMul or, where several products re
 MatMulIntegerToFloat. Weights: one symmetric scale a column, chosen by squared error, under the pair rule for `--target any`.
 
 It must not fire, and counts the reason, on convolutions (ConvInteger is slower than float), on products of two activations, where
-W is the left operand, shared scales over batches (rank 3) or not float32, on Gemm with transA, nor on what `--exclude` names.
+W is the left operand, of another rank than 2 or not float32, on Gemm with transA, nor on what `--exclude` names.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from onnx import TensorProto, helper
 
 from qcompile.context import Context
 from qcompile.errors import ModelError, PassError
-from qcompile.graph import Graph, Node, Tensor, Value
+from qcompile.graph import Array, Graph, Node, Tensor, Value
 from qcompile.passes._match import is_op
 from qcompile.qparams import quantise_weight
 from qcompile.rewrite import Lossy, Promise, Report
@@ -59,23 +59,16 @@ class QuantiseDynamic:
 
 def dynamic_refusal(node: Node, context: Context) -> str | None:
     """None where `node` becomes an integer product of dynamic activations, else why it stays float."""
-    if node.op in ("Conv", "ConvTranspose"):
-        return "excluded by --exclude" if context.settings.excluded(node.name) else _CONVOLUTION
-    if node.op == "Gemm":
-        if context.settings.excluded(node.name):
-            return "excluded by --exclude"
-        weight = node.constant(1)
-        if node.attr("transA", 0):
-            return "Gemm with transA"
-        if weight is None or weight.elem_type != TensorProto.FLOAT or not isinstance(node.inputs[0], Value):
-            return "weights are computed at run time or not float32"
-        return None
-    weight = node.constant(1)
     if context.settings.excluded(node.name):
         return "excluded by --exclude"
-    if weight is None:
+    if node.op in ("Conv", "ConvTranspose"):
+        return _CONVOLUTION
+    if node.op == "Gemm" and node.attr("transA", 0):
+        return "Gemm with transA"
+    weight = node.constant(1)
+    if weight is None and node.op == "MatMul":
         return "weights are the left operand" if node.constant(0) is not None else "product of two activations"
-    if weight.elem_type != TensorProto.FLOAT or not isinstance(node.inputs[0], Value):
+    if weight is None or weight.elem_type != TensorProto.FLOAT or not isinstance(node.inputs[0], Value):
         return "weights are computed at run time or not float32"
     return None if len(weight.dims) == 2 else "MatMul with weights of rank other than 2"
 
@@ -131,7 +124,7 @@ class _Inserter:
             self.quantised[x] = self.graph.node("DynamicQuantizeLinear", [x], names, name=x.name + "_dq")
         return self.quantised[x]
 
-    def _round(self, matrix: np.ndarray, label: str) -> tuple[np.ndarray, np.ndarray]:  # type: ignore[type-arg]
+    def _round(self, matrix: Array, label: str) -> tuple[Array, Array]:
         """int8 [K, N] and its scale [N]; the kernel's K order is that of the rows."""
         settings = self.context.settings
         try:

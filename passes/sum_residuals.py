@@ -3,8 +3,8 @@
     LayerNormalization(Add(x, y))    becomes    LayerNormalization(Sum(x, y))
 
 onnxruntime fuses Add + LayerNormalization into one SkipLayerNormalization, which is slower than the two apart (minilm on
-integers: by a fifth); it does not know the pattern with Sum. It must not fire where an operand is a constant or is not float32, nor below
-opset 8 (Sum without broadcasting).
+integers: by a fifth); it does not know the pattern with Sum. It must not fire where an operand is a constant or is not float32,
+nor below opset 8 (Sum without broadcasting).
 """
 
 from __future__ import annotations

@@ -27,9 +27,10 @@ def vocabularies(graph: Graph) -> dict[str, int]:
     found = {}
     for value in graph.inputs:
         if value.elem_type in (TensorProto.INT64, TensorProto.INT32):
-            rows = [n.inputs[0].dims[n.attr("axis", 0)] for n in _gathers(value) if n.constant(0) is not None]
+            tables = [(n.constant(0), n.attr("axis", 0)) for n in _gathers(value)]
+            rows = [table.dims[axis] for table, axis in tables if table is not None]
             if rows:
-                found[value.name] = min(int(r) for r in rows)
+                found[value.name] = min(rows)
     return found
 
 

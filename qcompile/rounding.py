@@ -26,20 +26,19 @@ def second_order_round(
     """Integers q [groups, channels, K] for `weight` of that shape, `scale` [groups, channels] and `moment` [groups, K, K].
 
     `start` holds integers that obey the same limits (round to nearest); a channel keeps them where they do not do worse, so the
-    error on `moment` never exceeds theirs. Singular moments are damped; a moment of zeros returns `start`.
+    error on `moment` never exceeds theirs. Singular moments are damped, those with negative eigenvalues (noise) more; a moment of zeros returns `start`.
     """
     groups, _, width = weight.shape
     matrix = np.asarray(weight, np.float64)
     steps = np.asarray(scale, np.float64)
     hessian = np.asarray(moment, np.float64)
     diagonal = np.einsum("gkk->gk", hessian)
-    level = diagonal.mean(axis=1)
+    level = np.abs(diagonal).mean(axis=1)
     if not (level > 0).any():
         return start.astype(np.int8)
     order = _order(diagonal, pair_rule)
     hessian = np.take_along_axis(np.take_along_axis(hessian, order[:, :, None], 1), order[:, None, :], 2)
-    hessian[:, np.arange(width), np.arange(width)] += (damping * np.maximum(level, 1e-30))[:, None]
-    factor = _upper_factor(hessian)
+    factor = _damped_factor(hessian, damping * np.maximum(level, 1e-30))
     work = np.take_along_axis(matrix, order[:, None, :], 2) / steps[:, :, None]
     pairs = width // 2 * 2 if pair_rule else 0
     rounded = _sweep(work, factor, _partner(order, pairs), top)
@@ -63,6 +62,17 @@ def _order(diagonal: FloatArray, pair_rule: bool) -> npt.NDArray[np.int64]:
 def _partner(order: npt.NDArray[np.int64], pairs: int) -> int:
     """How many leading columns of the order come in pairs."""
     return min(pairs, order.shape[1])
+
+
+def _damped_factor(hessian: FloatArray, damping: FloatArray) -> FloatArray:
+    """The upper factor of H + damping * I; more damping where rounding left a moment that is not positive definite."""
+    identity = np.eye(hessian.shape[1])
+    for _ in range(12):
+        try:
+            return _upper_factor(hessian + damping[:, None, None] * identity)
+        except np.linalg.LinAlgError:
+            damping = damping * 10
+    raise FloatingPointError("the second moment of a layer's input is not finite")
 
 
 def _upper_factor(hessian: FloatArray) -> FloatArray:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from passes_helpers import floats, parse
@@ -30,7 +32,7 @@ def net(**other: Array) -> Graph:
         "w": floats(4, 3, 3, 3), "w2": floats(4, 4, 1, 1, seed=1), "g": np.array([1, -2, 0.5, 0], np.float32),
         "b": np.array([0, 1, -1, 3], np.float32), "m": floats(4, seed=2), "v": np.abs(floats(4, seed=3)) + 0.1,
     }  # fmt: skip
-    return Graph.from_proto(parse(NET, **{**constants, **other}))
+    return Graph.from_proto(parse(NET, 21, **{**constants, **other}))
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, INF), (0, 6), (-INF, INF), (-1, 1), (-INF, 2), (3, 3)], ids=str)
@@ -44,7 +46,7 @@ def test_clipped_moments_against_integration(low: float, high: float) -> None:
         def moment(power: int, density: object = density, ends: list[float] = ends) -> float:
             parts = (
                 integrate.quad(lambda y: min(max(y, low), high) ** power * density(y), a, b)[0]  # type: ignore[operator]
-                for a, b in zip(ends, ends[1:], strict=False)
+                for a, b in pairwise(ends)
             )
             return float(sum(parts))
 
@@ -108,7 +110,7 @@ def test_a_fused_factor_drops_the_renamed_tensor() -> None:
 def test_no_record(text: str, constants: dict[str, Array]) -> None:
     three = {n: np.ones(3, np.float32) for n in "gbmv"}
     graph = Graph.from_proto(
-        parse(f"agraph (float[N, 3, 2, 2] x, float[3] s) => (float[N, 3, 2, 2] y) {{ {text} }}", **three, **constants)
+        parse(f"agraph (float[N, 3, 2, 2] x, float[3] s) => (float[N, 3, 2, 2] y) {{ {text} }}", 21, **three, **constants)
     )
     assert batch_norm_records(graph) == []
 
@@ -149,7 +151,7 @@ def test_input_moments_are_found_again(bias: bool) -> None:
     y = Session(conv).run({"x": data})["y"].astype(np.float64)
     text = """agraph (float[N, 3, 12, 12] x) => (float[N, 16, 10, 10] y)
     { c = Conv(x, w TAIL)  y = BatchNormalization(c, g, g, m, v) }""".replace("TAIL", ", b" if bias else "")
-    model = parse(text, w=weight, g=np.ones(16, np.float32), m=y.mean((0, 2, 3)).astype(np.float32),
+    model = parse(text, 21, w=weight, g=np.ones(16, np.float32), m=y.mean((0, 2, 3)).astype(np.float32),
                   v=y.var((0, 2, 3)).astype(np.float32), **({"b": shift} if bias else {}))  # fmt: skip
     unit = [{"x": random.standard_normal((8, 3, 12, 12)).astype(np.float32)} for _ in range(4)]
     found = input_moments(Graph.from_proto(model), unit)["x"]
@@ -184,10 +186,11 @@ def test_no_input_moments(text: str) -> None:
 
 
 def test_vocabularies() -> None:
-    text = """agraph (int64[N, L] ids, int32[N, L] kind, int64[N, L] free, int64[N, L] two) => (float[N, L, 2] y, float[N, L, 3] z)
+    text = """agraph (int64[N, L] ids, int32[N, L] kind, int64[N, L] free, int64[N, L] two)
+    => (float[N, L, 2] y, float[N, L, 3] z)
     { i = Unsqueeze(ids, axes) s = Squeeze(i, axes) a = Gather(words, s) k = Cast<to: int = 7>(kind) b = Gather(kinds, k)
-      f = Cast<to: int = 1>(free) c = Gather<axis: int = 1>(wide, two) t = Transpose<perm: ints = [1, 2, 0]>(c) g = Gather(few, two)
-      h = Add(a, b) e = Unsqueeze(f, last) j = Add(h, e) y = Add(j, g) z = Identity(t) }"""
+      f = Cast<to: int = 1>(free) c = Gather<axis: int = 1>(wide, two) t = Transpose<perm: ints = [1, 2, 0]>(c)
+      g = Gather(few, two) h = Add(a, b) e = Unsqueeze(f, last) j = Add(h, e) y = Add(j, g) z = Identity(t) }"""
     model = parse(text, words=floats(50, 2), kinds=floats(2, 2), wide=floats(3, 9), few=floats(7, 2), axes=np.array([1]),
                   last=np.array([2]))  # fmt: skip
     assert vocabularies(Graph.from_proto(model)) == {"ids": 50, "kind": 2, "two": 7}

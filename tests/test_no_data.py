@@ -67,12 +67,12 @@ def test_tokens_need_data_for_static_ranges(tokens: Path, tmp_path: Path, option
 def test_integers_that_index_nothing_need_data(tmp_path: Path) -> None:
     text = "agraph (int64[N, 4] n) => (float[N, 3] y) { f = Cast<to: int = 1>(n)  y = MatMul(f, w) }"
     onnx.save(parse(text, w=floats(4, 3)), tmp_path / "m.onnx")
-    with pytest.raises(DataError, match="'n'.*need --data"):
+    with pytest.raises(DataError, match=r"'n'.*need --data"):
         compiled(tmp_path / "m.onnx", tmp_path)
 
 
 def test_percentiles_need_data(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="--ranges percentile.*give --data"):
+    with pytest.raises(InputError, match=r"--ranges percentile.*give --data"):
         compiled(ROOT / "models" / "digits_cnn.onnx", tmp_path, ranges="percentile")
 
 

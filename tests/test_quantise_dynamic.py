@@ -45,7 +45,8 @@ def dynamic_product(x: Array, weight: Array, scale: Array) -> Array:
     step = np.float32((np.float32(high) - np.float32(low)) / np.float32(255))
     zero = int(np.clip(np.rint(-np.float32(low) / step), 0, 255))
     q = np.clip(np.rint(x / step) + zero, 0, 255).astype(np.int64)
-    return ((q - zero) @ weight.astype(np.int64)).astype(np.float64) * float(step) * scale.astype(np.float64)
+    product: Array = ((q - zero) @ weight.astype(np.int64)).astype(np.float64)
+    return np.asarray(product * float(step) * scale.astype(np.float64))
 
 
 def stored(graph: Graph) -> dict[str, Array]:
@@ -100,7 +101,7 @@ def test_gemm_with_everything(trans: int, beta: float, bias: str) -> None:
     tail = f", {bias}" if bias else ""
     text = f"""agraph (float[N, 8] x) => (float[N, 6] y)
     {{ y = Gemm<alpha: float = 0.25, beta: float = {beta}, transB: int = {trans}>(x, w{tail}) }}"""
-    model = parse(text, w=weight, **({"b": floats(6, seed=4)} if bias else {}))
+    model = parse(text, 21, w=weight, **({"b": floats(6, seed=4)} if bias else {}))
     graph, _ = quantise(model)
     x = floats(32, 8, seed=5)
     got, want = (Session(m).run({"x": x})["y"] for m in (graph.to_proto(), model))
@@ -131,8 +132,9 @@ REFUSED = [
 
 @pytest.mark.parametrize(("extra", "constants", "reason"), REFUSED, ids=[f"{i}-{r[2]}" for i, r in enumerate(REFUSED)])
 def test_refused(extra: str, constants: dict[str, Array], reason: str) -> None:
-    text = f"agraph (float[4, 8] x) => (float[4, 6] y, float[1] b) {{ y = MatMul(x, v)  {extra}  f = Flatten<axis: int = 0>(a)  s = ReduceMax(f)  b = Reshape(s, one) }}"
-    model = parse(text, v=floats(8, 6, seed=1), one=np.array([1]), **constants)
+    text = "agraph (float[4, 8] x) => (float[4, 6] y, float[1] b) "
+    text += f"{{ y = MatMul(x, v)  {extra}  f = Flatten<axis: int = 0>(a)  s = ReduceMax(f)  b = Reshape(s, one) }}"
+    model = parse(text, 21, v=floats(8, 6, seed=1), one=np.array([1]), **constants)
     for node in model.graph.node:
         node.name = "out_product" if "a" in node.output else ""
     graph, skipped = quantise(model, exclude=("out*",) if "excluded" in reason else ())
