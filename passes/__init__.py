@@ -24,8 +24,8 @@ from qcompile.passes.round_weights import RoundWeights
 from qcompile.passes.search_ranges import SearchRanges
 from qcompile.passes.simplify_shapes import SimplifyShapes
 from qcompile.passes.sink_reshapes import SinkReshapes
-from qcompile.passes.sum_residuals import SumResiduals
 from qcompile.passes.smooth import Smooth
+from qcompile.passes.sum_residuals import SumResiduals
 from qcompile.passes.sum_to_add import SumToAdd
 from qcompile.rewrite import Pass
 
@@ -45,6 +45,7 @@ PASSES: tuple[Pass, ...] = (
     PoolToConv(),
     Calibrate(),
     ExpectRanges(),
+    Smooth(),
     Quantise(),
     SearchRanges(),
     DyadicScales(),
@@ -52,6 +53,7 @@ PASSES: tuple[Pass, ...] = (
     IntegerBias(),
     RefineLayers(),
     CorrectMeans(),
+    SumResiduals(),
     LowerQOperator(),
 )
 

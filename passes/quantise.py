@@ -246,7 +246,8 @@ class _Inserter:
             assert bias is not None
             flat = np.broadcast_to(bias.array().reshape(-1), (channels,)).astype(np.float32)
             node.inputs[2] = self.graph.constant(node.label + "_bias", flat)  # its own: correction must not touch a shared one
-        depthwise = node.op == "Conv" and node.attr("group", 1) > 1 and weight.dims[1] == 1
+        groups = node.attr("group", 1) if node.op == "Conv" else 1
+        depthwise = 1 < groups == weight.dims[0] and weight.dims[1] == 1  # with a channel multiplier kernels add in pairs
         self.plan.linears.append(LinearSite(node, self._class_read(node.inputs[0]), result, axis, depthwise))
 
     def _clamped(self, integers: Value, output: Value, place_: ScaleClass) -> Value:

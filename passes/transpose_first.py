@@ -14,6 +14,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from qcompile.context import Context
 from qcompile.graph import Graph, Node, Value
 from qcompile.passes._dims import Dims
@@ -63,6 +65,8 @@ def _to_rows(graph: Graph, shapes: Shapes, targets: Targets, reshape: Node, tran
     if shapes.dims(reshape.outputs[0]) != (before[0], before[1], before[2] * before[3]):
         return "the Reshape does not join height and width"
     target = targets.get(after, transpose.outputs[0].name)
+    if target is None and before[1].static:
+        target = graph.constant(transpose.outputs[0].name + "_shape", np.array([0, -1, before[1].factor], np.int64))
     if target is None:
         return "the shape of the result cannot be written down"
     source, output, names = reshape.inputs[0], transpose.outputs[0], (reshape.name, transpose.name)

@@ -41,7 +41,7 @@ def second_order_round(
     factor = _damped_factor(hessian, damping * np.maximum(level, 1e-30))
     work = np.take_along_axis(matrix, order[:, None, :], 2) / steps[:, :, None]
     pairs = width // 2 * 2 if pair_rule else 0
-    rounded = _sweep(work, factor, _partner(order, pairs), top)
+    rounded = np.swapaxes(_sweep(np.ascontiguousarray(np.swapaxes(work, 1, 2)), factor, _partner(order, pairs), top), 1, 2)
     result = np.empty_like(rounded)
     np.put_along_axis(result, np.broadcast_to(order[:, None, :], rounded.shape), rounded, 2)
     reached, before = (_error(matrix, steps, q, moment) for q in (result, start))
@@ -83,35 +83,38 @@ def _upper_factor(hessian: FloatArray) -> FloatArray:
 
 
 def _sweep(work: FloatArray, factor: FloatArray, pairs: int, top: int) -> FloatArray:
-    """Round column after column; updates inside a block at once, behind it in one product per block."""
-    width = work.shape[2]
+    """Round column after column; updates inside a block at once, behind it in one product per block.
+
+    `work` is [groups, K, channels]: a column of the weight matrix is contiguous. It is used up.
+    """
+    width = work.shape[1]
     rounded = np.empty_like(work)
     for begin in range(0, width, _BLOCK):
         end = min(begin + _BLOCK, width)
-        errors = np.empty((*work.shape[:2], end - begin))
+        errors = np.empty((work.shape[0], end - begin, work.shape[2]))
         for column in range(begin, end):
-            target = work[:, :, column]
-            q = np.clip(np.rint(_shared(work, rounded, column, pairs)), -top, top)
+            target = work[:, column]
+            q = np.clip(np.rint(_shared(work, column, pairs)), -top, top)
             if column < pairs and column % 2:
-                q = _limited(q, rounded[:, :, column - 1])
-            rounded[:, :, column] = q
+                q = _limited(q, rounded[:, column - 1])
+            rounded[:, column] = q
             error = (target - q) / factor[:, column, column][:, None]
-            errors[:, :, column - begin] = error
-            work[:, :, column + 1 : end] -= error[:, :, None] * factor[:, None, column, column + 1 : end]
+            errors[:, column - begin] = error
+            work[:, column + 1 : end] -= factor[:, column, column + 1 : end, None] * error[:, None, :]
         if end < width:
-            work[:, :, end:] -= errors @ factor[:, begin:end, end:]
+            work[:, end:] -= np.swapaxes(factor[:, begin:end, end:], 1, 2) @ errors
     return rounded
 
 
-def _shared(work: FloatArray, rounded: FloatArray, column: int, pairs: int) -> FloatArray:
+def _shared(work: FloatArray, column: int, pairs: int) -> FloatArray:
     """The target of `column`; the first of a pair leaves its partner half of what both together exceed the limit by."""
-    target = work[:, :, column]
+    target = work[:, column]
     if column >= pairs or column % 2:
         return target
-    partner = work[:, :, column + 1]
+    partner = work[:, column + 1]
     excess = np.abs(target + partner) - PAIR_LIMIT
     over = (excess > 0) & (target * partner > 0)
-    return np.where(over, target - np.sign(target) * excess / 2, target)
+    return np.where(over, target - np.sign(target) * excess / 2, target) if over.any() else target
 
 
 def _limited(q: FloatArray, first: FloatArray) -> FloatArray:
