@@ -1,0 +1,165 @@
+"""Learned rounding and bias correction on what really reaches each layer; scales and limits stay."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from core_models import core_context, float_outputs, floats, images, model, outputs, run_core, sqnr
+from onnx import ModelProto
+from test_round_weights import stored
+
+from qcompile.context import Context
+from qcompile.errors import PassError
+from qcompile.graph import Array, Graph
+from qcompile.passes.integer_bias import IntegerBias
+from qcompile.passes.refine_layers import RefineLayers
+from qcompile.runtime import Optimisation
+
+CONV = "Conv <pads = [1, 1, 1, 1]>"
+
+
+def source() -> ModelProto:
+    """Inputs with a mean and channels that go together, so that both steps have something to gain."""
+    text = f"""g (float[1, 4, 8, 8] x) => (float[n, 5] y) {{
+        a = {CONV} (x, w0, b0)  r = Relu(a)  d = Conv <group = 8, pads = [1, 1, 1, 1]> (r, w1)  e = Conv <group = 2> (d, w2)
+        p = GlobalAveragePool(e)  f = Flatten(p)  y = Gemm(f, w3, b3) }}"""
+    return model(
+        text,
+        w0=floats(8, 4, 3, 3, seed=1),
+        b0=floats(8) + 1,
+        w1=floats(8, 1, 3, 3, seed=2),
+        w2=floats(6, 4, 1, 1, seed=3),
+        w3=floats(6, 5, seed=4),
+        b3=floats(5),
+    )
+
+
+def correlated(count: int = 16) -> list[dict[str, Array]]:
+    feeds = images(count, channels=4)
+    return [{"x": f["x"] * 0.3 + f["x"][:, :1] + 0.5} for f in feeds]
+
+
+FEEDS = correlated()
+
+
+def compiled(until: str = "refine_layers", **settings: object) -> tuple[Graph, Context]:
+    graph, context, _ = run_core(source(), FEEDS, until=until, **settings)
+    return graph, context
+
+
+def test_scales_and_limits_stay_and_weights_move() -> None:
+    graph, context = compiled("integer_bias")
+    assert context.plan is not None
+    before = [stored(s) for s in context.plan.linears]
+    before = [(q.copy(), s.copy()) for q, s in before]
+    report = RefineLayers().run(graph, context)
+    assert 1 <= report.rewrites <= 4
+    moved = 0
+    for site, (old, scale) in zip(context.plan.linears, before, strict=True):
+        q, now = stored(site)
+        assert now.tobytes() == scale.tobytes()
+        moved += int((q != old).sum())
+        assert np.abs(q.astype(int)).max() <= 127
+        if not site.depthwise:
+            even = q.shape[1] // 2 * 2
+            a, b = q[:, 0:even:2].astype(int), q[:, 1:even:2].astype(int)
+            assert (np.abs(a + b)[a * b > 0] <= 128).all()
+    assert moved > 0
+
+
+@pytest.mark.parametrize("level", [Optimisation.OFF, Optimisation.ALL])
+def test_it_helps(level: Optimisation) -> None:
+    before, context = compiled("integer_bias")
+    floats_ = float_outputs(source(), FEEDS)
+    plain = sqnr(floats_, outputs(before, FEEDS, level, fuse=True))
+    RefineLayers().run(before, context)
+    assert sqnr(floats_, outputs(before, FEEDS, level, fuse=True)) > plain + 0.5
+
+
+def test_bias_correction_brings_the_mean_output_of_the_last_layer_to_that_of_the_float_model() -> None:
+    graph, context = compiled()
+    assert context.plan is not None
+    site = context.plan.linears[-1]
+    assert site.weight_scale is not None
+    step = float(site.source.scale) * site.weight_scale.astype(np.float64)
+    expected = np.concatenate(float_outputs(source(), context.samples)).mean(axis=0, dtype=np.float64)
+    got = np.concatenate(outputs(graph, context.samples, fuse=True)).mean(axis=0, dtype=np.float64)
+    # Half a step of the int32 bias and the rounding of the float bias before it.
+    np.testing.assert_allclose(got, expected, atol=float(step.max()) * 1.01 + 1e-6)
+
+
+def test_without_bias_correction_biases_stay() -> None:
+    graph, context = compiled("integer_bias", bias_correction=False)
+    assert context.plan is not None
+
+    def biases() -> list[bytes]:
+        assert context.plan is not None
+        return [s.node.inputs[2].producer.constant(0).array().tobytes() for s in context.plan.linears]  # type: ignore[union-attr]
+
+    before = biases()
+    RefineLayers().run(graph, context)
+    assert biases() == before
+
+
+@pytest.mark.parametrize("why", ["fast", "synthetic"])
+def test_rounding_is_learned_with_effort_and_real_data_only(why: str) -> None:
+    graph, context = compiled("integer_bias", effort="fast" if why == "fast" else "default")
+    context.synthetic = why == "synthetic"
+    assert context.plan is not None
+    before = [stored(s)[0].tobytes() for s in context.plan.linears]
+    RefineLayers().run(graph, context)
+    assert [stored(s)[0].tobytes() for s in context.plan.linears] == before
+
+
+def test_a_second_run_changes_nothing() -> None:
+    graph, context = compiled()
+    before = graph.to_proto().SerializeToString(deterministic=True)
+    assert RefineLayers().run(graph, context).rewrites == 0
+    assert graph.to_proto().SerializeToString(deterministic=True) == before
+
+
+def test_the_same_twice() -> None:
+    first, second = (compiled()[0].to_proto().SerializeToString(deterministic=True) for _ in range(2))
+    assert first == second
+
+
+def test_a_single_sample_is_enough() -> None:
+    """One row a Gemm: its covariance is zero, the weights stay as they were rounded."""
+    text = "g (float[n, 6] x) => (float[n, 3] y) { a = Gemm(x, w0, b)  r = Relu(a)  y = Gemm(r, w1) }"
+    proto = model(text, w0=floats(6, 8), b=floats(8) + 100, w1=floats(8, 3))
+    feeds = [{"x": floats(1, 6) * 50}]
+    graph, _, _ = run_core(proto, feeds)
+    assert sqnr(float_outputs(proto, feeds), outputs(graph, feeds, fuse=True)) > 30
+
+
+def test_progress_ticks_once_a_layer() -> None:
+    graph, context = compiled("integer_bias")
+    stages: list[str] = []
+    context.progress = stages.append
+    RefineLayers().run(graph, context)
+    assert stages == ["refining layers"] * 4
+
+
+def test_a_bias_that_leaves_int32_is_named() -> None:
+    graph, context = compiled("integer_bias")
+    assert context.plan is not None
+    site = context.plan.linears[1]
+    bias = site.node.inputs[2].producer.constant(0)  # type: ignore[union-attr]
+    assert bias is not None
+    bias.assign(np.full(8, 2**30 + 2**29, np.int32))
+    with pytest.raises(PassError, match=r"node 'conv_2': the corrected bias leaves int32; .*--exclude 'conv_2'"):
+        RefineLayers().run(graph, context)
+
+
+def test_weights_that_are_not_integers_yet_are_named() -> None:
+    graph, context = compiled("round_weights")
+    with pytest.raises(PassError, match="input 2 is not a dequantised constant"):
+        # Without integer_bias there are no int32 biases; with float ones the walk would correct those (tensorrt).
+        context.plan.linears[0].node.inputs[2] = graph.inputs[0]  # type: ignore[union-attr]
+        RefineLayers().run(graph, context)
+
+
+def test_nothing_planned_nothing_done() -> None:
+    graph = Graph.from_proto(source())
+    assert RefineLayers().run(graph, core_context(FEEDS)).rewrites == 0
+    assert IntegerBias().run(graph, core_context(FEEDS)).rewrites == 0

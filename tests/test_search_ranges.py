@@ -1,0 +1,114 @@
+"""Ranges by the readers' error: narrower where that helps, never wider, and by the sum that it says."""
+
+from __future__ import annotations
+
+import numpy as np
+from core_models import CORE, core_context, float_outputs, floats, images, model, outputs, run_core, sqnr
+
+from qcompile.graph import Array, Graph
+from qcompile.passes.search_ranges import FACTORS, SearchRanges
+
+CONV = "Conv <pads = [1, 1, 1, 1]>"
+W = floats(3, 3, 3, 3) * 0.3
+
+
+def outlier_images() -> list[dict[str, Array]]:
+    """Standard normal but for one value twice as large as any other: many values gain by clipping it, one loses."""
+    feeds = images(6, size=64)
+    feeds[0]["x"][0, 0, 4, 4] = 8
+    return feeds
+
+
+def source() -> Graph:
+    return Graph.from_proto(model(f"g (float[1, 3, h, v] x) => (float[n, 3, p, q] y) {{ y = {CONV} (x, w) }}", w=W))
+
+
+def test_an_outlier_is_clipped_where_that_lowers_the_readers_error() -> None:
+    proto = source().to_proto()
+    feeds = outlier_images()
+    before, context, _ = run_core(proto, feeds, until="quantise", ranges="mse")
+    plain = sqnr(float_outputs(proto, feeds), outputs(before, feeds))
+    assert context.plan is not None
+    place = next(c for c in context.plan.classes if c.tensors == ["x"])
+    low, high = place.low, place.high
+    report = SearchRanges().run(before, context)
+    assert report.rewrites >= 1
+    assert low <= place.low <= 0 <= place.high <= high
+    assert place.high in [high * f for f in FACTORS]
+    assert place.scale_const is not None and place.zero_const is not None
+    assert place.scale_const.array() == place.scale
+    assert int(place.zero_const.array()) == place.zero_point
+    assert sqnr(float_outputs(proto, feeds), outputs(before, feeds)) >= plain
+
+
+def test_the_choice_is_the_least_sum_of_rounding_and_clipping() -> None:
+    """The Gemm's squared output error, bias-corrected, computed here in float64 for every pair of factors."""
+    w = floats(4, 5, seed=3)
+    feeds = [{"x": floats(16, 4, seed=s)} for s in range(4)]
+    feeds[1]["x"][3, 2] = 9.0
+    proto = model("g (float[n, 4] x) => (float[n, 5] y) { y = Gemm(x, w) }", w=w)
+    graph, context, _ = run_core(proto, feeds, until="quantise", ranges="mse")
+    assert context.plan is not None
+    place = context.plan.classes[0]
+    low, high = place.low, place.high
+    SearchRanges().run(graph, context)
+    x = np.concatenate([f["x"] for f in feeds]).astype(np.float64)
+
+    def energy(error: Array) -> float:
+        y = error @ w.astype(np.float64)
+        return float(np.square(y - y.mean(axis=0)).sum())
+
+    step = np.float64(np.float32((high - low) / 255))
+    zero = np.rint(-low / step)
+    rounding = energy((np.clip(np.rint(x / step) + zero, 0, 255) - zero) * step - x)
+    costs = {
+        (i, j): rounding * ((high * fj - low * fi) / (high - low)) ** 2
+        + energy(np.maximum(x, low * fi) - x)
+        + energy(np.minimum(x, high * fj) - x)
+        for i, fi in enumerate(FACTORS)
+        for j, fj in enumerate(FACTORS)
+    }
+    i, j = min(costs, key=lambda k: costs[k])
+    assert (place.low, place.high) == (low * FACTORS[i], high * FACTORS[j])
+
+
+def test_gaussian_data_without_outliers_keep_nearly_all_of_their_range() -> None:
+    graph, context, _ = run_core(source().to_proto(), images(6), until="quantise", ranges="mse")
+    assert context.plan is not None
+    ranges = [(c.low, c.high) for c in context.plan.classes]
+    SearchRanges().run(graph, context)
+    for place, (low, high) in zip(context.plan.classes, ranges, strict=True):
+        assert place.high - place.low >= 0.7 * (high - low)
+
+
+def test_it_runs_once_and_only_where_asked() -> None:
+    proto = source().to_proto()
+    for settings in ({"ranges": "minmax"}, {"ranges": "percentile"}, {"ranges": "mse", "effort": "fast"}):
+        graph, context, _ = run_core(proto, outlier_images(), until="quantise", **settings)
+        assert SearchRanges().run(graph, context).rewrites == 0
+    graph, context, _ = run_core(proto, outlier_images(), until="search_ranges", ranges="mse")
+    before = graph.to_proto().SerializeToString(deterministic=True)
+    assert SearchRanges().run(graph, context).rewrites == 0
+    assert graph.to_proto().SerializeToString(deterministic=True) == before
+
+
+def test_without_a_plan_nothing_happens() -> None:
+    graph = source()
+    for step in CORE[2:]:
+        assert step.run(graph, core_context([])).rewrites == 0
+
+
+def test_the_float_model_is_left_as_it_was() -> None:
+    """The readers run as copies; the weights must not remember them."""
+    graph, context, _ = run_core(source().to_proto(), outlier_images(), until="quantise", ranges="mse")
+    assert context.float_graph is not None
+    before = [len(c.outputs) for c in context.float_graph.constants.values()]
+    SearchRanges().run(graph, context)
+    assert [len(c.outputs) for c in context.float_graph.constants.values()] == before
+
+
+def test_dead_tensors_and_sums_are_no_trouble() -> None:
+    body = f"a = {CONV} (x, zero)  d = {CONV} (x, w)  s = Add(a, d)  y = {CONV} (s, w)"
+    proto = model(f"g (float[1, 3, h, v] x) => (float[n, 3, p, q] y) {{ {body} }}", w=W, zero=np.zeros_like(W))
+    graph, _, _ = run_core(proto, outlier_images(), until="search_ranges", ranges="mse")
+    assert np.isfinite(outputs(graph, images())).all()
