@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -19,7 +19,7 @@ class DyadicScales:
     """Solve the scale constraints of `context.plan` and write the scales into the graph."""
 
     name: str = "dyadic_scales"
-    keeps: Promise = Lossy()
+    keeps: Promise = field(default_factory=Lossy)
 
     def run(self, graph: Graph, context: Context) -> Report:
         """Rewrites: one a scale that moved, and one a Clip on integers where a scale reaches past a folded bound."""

@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -22,7 +22,7 @@ class IntegerBias:
     """Round each linear node's bias; the last step before lowering."""
 
     name: str = "integer_bias"
-    keeps: Promise = Lossy()
+    keeps: Promise = field(default_factory=Lossy)
 
     def run(self, graph: Graph, context: Context) -> Report:
         """Rewrites: one a bias."""

@@ -12,7 +12,7 @@ Refused, with the reason counted: see `placement.linear_refusal`; a graph withou
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from onnx import TensorProto, helper
@@ -38,7 +38,7 @@ class Quantise:
     """Q/DQ insertion; `context.observers` must hold the calibration of `scale_sources`."""
 
     name: str = "quantise"
-    keeps: Promise = Lossy()
+    keeps: Promise = field(default_factory=Lossy)
 
     def run(self, graph: Graph, context: Context) -> Report:
         """Rewrites: one a Q/DQ pair. Sets `context.plan` and `context.float_graph`."""
@@ -298,7 +298,6 @@ class _Inserter:
                 integers.type = helper.make_tensor_type_proto(kind, list(output.dims))
             node.outputs[index] = integers
             self._produced(output, integers)
-
 
     def _move_between(self, node: Node) -> None:
         """The same between DQ and Q, for runtimes that take integers nowhere else."""

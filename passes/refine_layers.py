@@ -10,7 +10,7 @@ out); bias correction works on the int32 bias.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -25,6 +25,7 @@ from qcompile.rounding import second_order_round
 from qcompile.runtime import Array
 from qcompile.walk import Stream, dequantise, linear_mean, mean_of
 
+_WIDEST = 6144  # K: the covariance, its inverse and factor take 3 * 8 * K^2 bytes, 0.9 GB here
 _FEW = 16  # samples for bias correction alone, effort `fast`: means settle long before covariances do
 
 
@@ -34,7 +35,7 @@ class RefineLayers:
 
     damping: float = 0.01
     name: str = "refine_layers"
-    keeps: Promise = Lossy()
+    keeps: Promise = field(default_factory=Lossy)
 
     def run(self, graph: Graph, context: Context) -> Report:
         """Rewrites: one a layer whose weights or bias moved. Needs int32 biases and `context.samples`; runs once."""
@@ -53,7 +54,11 @@ class RefineLayers:
             if context.progress is not None:
                 context.progress("refining layers")
             layer = _Layer(site, by_name[site.node.name], integer_world)
-            moved = layer.learn_rounding(context, self.damping) if learn else False
+            moved = False
+            if learn and layer.width > _WIDEST:
+                report.refuse(site.node.label, "reduction too wide for a second moment in memory: rounded to nearest")
+            elif learn:
+                moved = layer.learn_rounding(context, self.damping)
             if settings.bias_correction:
                 moved |= layer.correct_bias(float_world)
             report.rewrites += moved
@@ -74,6 +79,11 @@ class _Layer:
         source = reader.inputs[0]
         assert isinstance(source, Value)
         self.inputs = integer_world.values(source)
+
+    @property
+    def width(self) -> int:
+        """K, the length of the products' reduction."""
+        return self.weight.size // self.weight.shape[self.site.axis]
 
     def _input(self, integers: Array) -> Array:
         return dequantise(integers, self.site.source.scale, self.site.source.zero_point)

@@ -8,7 +8,7 @@ exempt: their kernels do not add products in pairs).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -43,7 +43,7 @@ class RoundWeights:
     """Round to nearest on the final dyadic scale."""
 
     name: str = "round_weights"
-    keeps: Promise = Lossy()
+    keeps: Promise = field(default_factory=Lossy)
 
     def run(self, graph: Graph, context: Context) -> Report:
         """Rewrites: one a weight tensor."""

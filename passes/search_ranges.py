@@ -48,7 +48,7 @@ class SearchRanges:
 
     samples: int = 64
     name: str = "search_ranges"
-    keeps: Promise = Lossy()
+    keeps: Promise = field(default_factory=Lossy)
 
     def run(self, graph: Graph, context: Context) -> Report:
         """Rewrites: one a narrowed range. Runs once."""

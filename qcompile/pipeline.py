@@ -80,7 +80,7 @@ def compile_model(
     data, eval_data: a SPEC (see `qcompile.data`) or a Dataset; `eval_data` never changes the written bytes.
     max_drop: the largest drop of top-1 accuracy, in percentage points, that `eval_data` (with labels) must not contradict.
     Returns the written path and the report. Raises InputError, ModelError or DataError (exit status 2), PassError (1), and
-    LimitError (3) where `max_drop` is not shown to hold: the file is then kept with `.failed` before its suffix.
+    LimitError (3) where the samples show that `max_drop` is broken: the file is then kept with `.failed` before its suffix.
 
     >>> compiled = compile_model("models/digits_cnn.onnx", data="models/digits_calib.npz")  # doctest: +SKIP
     >>> compiled.report["accuracy"]["sqnr_db"]  # doctest: +SKIP
@@ -314,7 +314,7 @@ def _plain(value: Any) -> Any:
 
 
 def _enforce(compiled: Compiled, measured: Measured, max_drop: float) -> Compiled:
-    """The verdict on --max-drop; anything but a pass renames the file and raises LimitError."""
+    """The verdict on --max-drop; where it is broken the file is renamed and LimitError raised. Too few samples break nothing."""
     assert measured.accuracy is not None
     verdict = judge(measured.accuracy, max_drop)
     compiled.report["verdict"] = verdict.as_json()

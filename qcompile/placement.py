@@ -201,7 +201,7 @@ class _Placer:
 
 
 def _pooled(tensor: Tensor) -> bool:
-    """Whether a GlobalAveragePool computes it: its scale follows from the pool's input, so no Add or Concat may ask for another."""
+    """Whether a GlobalAveragePool computes it: its scale follows from the pool's input; no Add or Concat may ask for another."""
     node = tensor.producer
     while node is not None and (shares_scale(node) or clip_bounds(node) is not None):
         node = data_inputs(node)[0].producer

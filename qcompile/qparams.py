@@ -19,6 +19,7 @@ SHIFT = 16  # c of every linear multiplier b/2^c: the largest for which float32 
 WEIGHT_MAX = 127  # -128 is never used: ARM kernels without dot products overflow on it
 PAIR_LIMIT = 128  # 255 * 128 = 32640 < 2^15: no u8 x s8 pair sum can saturate an int16
 _LEAST_B = 1
+_BLOCK_VALUES = 1 << 22  # weights searched at a time
 _LARGEST_B = 2**24 - 1
 
 
@@ -56,7 +57,8 @@ def activation_params(low: float, high: float, kind: ActivationType) -> tuple[np
 
 def _normal(scale: np.float32) -> np.float32:
     """Never below 2^-60: products of three scales stay normal float32 numbers."""
-    return np.float32(max(float(scale), 2.0**-60))
+    normal: np.float32 = np.float32(max(float(scale), 2.0**-60))
+    return normal
 
 
 def exact_weight_scale(b: npt.NDArray[np.int64], input_scale: np.float32, output_scale: np.float32) -> npt.NDArray[np.float32]:
@@ -123,14 +125,50 @@ def quantise_weight(
 
     weight: [channels, K] float. `top` is the largest magnitude (127; 7 for 4 bits). The accumulator of every channel is kept
     inside int32: |bias|/(Sx*Sw) + activation_top * sum|q| < 2^31, by widening the scale of near-dead channels.
+    Channels are taken a few at a time: beside the result, about half a gigabyte is used however large the weight is.
     Raises ValueError naming the channel where no exact scale exists (none was ever seen), or where a weight is NaN or infinite.
     """
-    matrix = np.asarray(weight, np.float64)
+    channels, width = weight.shape
+    rows = max(1, _BLOCK_VALUES // max(width, 1))
+    values = np.zeros(weight.shape, np.int8)
+    scales, numerators = np.zeros(channels, np.float32), np.zeros(channels, np.int64)
+    for start in range(0, channels, rows):
+        part = slice(start, start + rows)
+        matrix = np.asarray(weight[part], np.float64)
+        if not np.isfinite(matrix).all():
+            raise ValueError(f"channel {start + int(np.argmin(np.isfinite(matrix).all(axis=1)))}: a weight is not finite")
+        own_bias = None if bias is None else bias[part]
+        least = _least_scale(matrix, own_bias, float(input_scale), activation_top)
+        try:
+            values[part], scales[part], numerators[part] = _choose(
+                matrix, input_scale, output_scale, least, pair_rule, candidates, importance, top
+            )
+        except _NoScale as missing:
+            raise ValueError(
+                f"channel {start + missing.channel}: no float32 weight scale makes {input_scale} * Sw / {output_scale} dyadic"
+            ) from missing
+    return QuantisedWeight(values, scales, numerators if output_scale is not None else None)
+
+
+class _NoScale(Exception):
+    def __init__(self, channel: int) -> None:
+        super().__init__(channel)
+        self.channel = channel
+
+
+def _choose(
+    matrix: FloatArray,
+    input_scale: np.float32,
+    output_scale: np.float32 | None,
+    least: FloatArray,
+    pair_rule: bool,
+    candidates: int,
+    importance: Array | None,
+    top: int,
+) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+    """Integers, scale and b of each channel of `matrix`, by least (weighted) squared error; `least` bounds the scales below."""
     channels = matrix.shape[0]
-    if not np.isfinite(matrix).all():
-        raise ValueError(f"channel {int(np.argmin(np.isfinite(matrix).all(axis=1)))}: a weight is not finite")
     peak = np.abs(matrix).max(axis=1, initial=0.0)
-    least = _least_scale(matrix, bias, float(input_scale), activation_top)
     full = np.maximum(peak / top, least)
     # The pair rule may want a scale up to twice as wide: two equal weights of 127 that share a pair become 64 each. Without it a
     # little above 1 is tried too, for the nearest grid points may all lie below the peak and clip it.
@@ -163,12 +201,12 @@ def quantise_weight(
         chosen = error < best_error[rows]
         best_error[better], best_scale[better], best_b[better] = error[chosen], scale[better], b[better]
         best_q[better] = q[chosen].astype(np.int8)
-    return QuantisedWeight(best_q, best_scale, best_b if output_scale is not None else None)
+    return best_q, best_scale, best_b
 
 
 def _least_scale(matrix: FloatArray, bias: Array | None, input_scale: float, activation_top: int) -> FloatArray:
     """Least Sw for which bias and accumulator together stay below 2^31 (2^30 each leaves room for bias correction)."""
-    floor = np.full(matrix.shape[0], 2.0**-80 / input_scale if input_scale < 1 else 2.0**-80)
+    floor: FloatArray = np.full(matrix.shape[0], 2.0**-80 / input_scale if input_scale < 1 else 2.0**-80)
     # sum|q| <= K * 127 and 255 * 127 * K < 2^30 for K < 33,000; larger K is bounded through the real sum of |w|.
     floor = np.maximum(floor, activation_top * np.abs(matrix).sum(axis=1) / 2.0**30)
     if bias is not None:
@@ -197,6 +235,5 @@ def _on_grid(
         b[missing] = np.where(np.isnan(found), b[missing], trial)
         scale[missing] = found
     if np.isnan(scale).any():
-        channel = int(np.flatnonzero(np.isnan(scale))[0])
-        raise ValueError(f"channel {channel}: no float32 weight scale makes {input_scale} * Sw / {output_scale} dyadic")
+        raise _NoScale(int(np.flatnonzero(np.isnan(scale))[0]))
     return scale, b

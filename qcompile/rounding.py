@@ -26,9 +26,10 @@ def second_order_round(
     """Integers q [groups, channels, K] for `weight` of that shape, `scale` [groups, channels] and `moment` [groups, K, K].
 
     `start` holds integers that obey the same limits (round to nearest); a channel keeps them where they do not do worse, so the
-    error on `moment` never exceeds theirs. Singular moments are damped, those with negative eigenvalues (noise) more; a moment of zeros returns `start`.
+    error on `moment` never exceeds theirs. Singular moments are damped, those with negative eigenvalues (noise)
+    more; a moment of zeros returns `start`. Raises FloatingPointError where the moment is not finite.
     """
-    groups, _, width = weight.shape
+    width = weight.shape[2]
     matrix = np.asarray(weight, np.float64)
     steps = np.asarray(scale, np.float64)
     hessian = np.asarray(moment, np.float64)

@@ -67,13 +67,15 @@ def test_a_bound_below_a_shared_scale_becomes_a_clip_on_integers() -> None:
     body = f"""a = {CONV} (x, w0)  b = Clip(a, zero, top)  c = {CONV} (x, w1)  s = Add(b, c)  t = Add(c, b)  v = {CONV} (t, w2)
         u = Add(s, t)  z = Add(u, b)  k = Add(z, s)  y = {CONV} (k, w3)"""
     source = model(
-        "g (float[1, 3, 8, 8] x) => (float[n, 3, h, w] y, float[n, 3, e, f] b) { " + body.replace(f"v = {CONV} (t, w2)", "") + " }",
+        "g (float[1, 3, 8, 8] x) => (float[n, 3, h, w] y, float[n, 3, e, f] b) { "
+        + body.replace(f"v = {CONV} (t, w2)", "")
+        + " }",
         zero=np.float32(0),
         top=np.float32(0.3),
         **{k: v for k, v in W.items() if k != "w2"},
     )
     feeds = images()
-    graph, context, reports = run_core(source, feeds, until="dyadic_scales")
+    graph, context, _ = run_core(source, feeds, until="dyadic_scales")
     assert context.plan is not None
     place = next(c for c in context.plan.classes if "b" in c.tensors)
     assert place.clamped, "the case no longer shares one scale: choose another"
@@ -164,5 +166,7 @@ def test_ranges_that_the_data_never_leave_zero() -> None:
 
 
 def residual_text() -> str:
-    body = f"a = {CONV} (x, w0)  c = {CONV} (a, w1)  s = Add(a, c)  p = GlobalAveragePool(s)  d = {CONV} (p, w2)  y = {CONV} (d, w3)"
+    body = (
+        f"a = {CONV} (x, w0)  c = {CONV} (a, w1)  s = Add(a, c)  p = GlobalAveragePool(s)  d = {CONV} (p, w2)  y = {CONV} (d, w3)"
+    )
     return "g (float[1, 3, 8, 8] x) => (float[n, 3, h, w] y) { " + body + " }"

@@ -103,7 +103,10 @@ def test_only_the_runtime_creates_sessions() -> None:
 ARROWS = [
     # (modules, what they must never bring in)
     ("qcompile.errors", {"*"}),
-    ("qcompile.graph", {"qcompile.cli", "qcompile.pipeline", "qcompile.passes", "qcompile.kernels", "qcompile.rewrite", "qcompile.context"}),
+    (
+        "qcompile.graph",
+        {"qcompile.cli", "qcompile.pipeline", "qcompile.passes", "qcompile.kernels", "qcompile.rewrite", "qcompile.context"},
+    ),
     ("qcompile.rewrite", {"qcompile.cli", "qcompile.pipeline", "qcompile.passes", "qcompile.kernels"}),
     ("qcompile.context", {"qcompile.cli", "qcompile.pipeline", "qcompile.passes"}),
     ("qcompile.kernels", {"qcompile.cli", "qcompile.pipeline", "qcompile.passes"}),

@@ -66,7 +66,7 @@ def test_an_overflow_is_named() -> None:
     bias = context.plan.linears[1].node.constant(2)
     assert bias is not None
     bias.assign(np.array([0, 1e12, 0], np.float32))
-    with pytest.raises(PassError, match="node 'conv_1', channel 1: the int32 accumulator could overflow; .*--exclude 'conv_1'"):
+    with pytest.raises(PassError, match=r"node 'conv_1', channel 1: the int32 accumulator could overflow; .*--exclude 'conv_1'"):
         IntegerBias().run(graph, context)
 
 

@@ -50,8 +50,12 @@ CONVS = [
     pytest.param("dilations = [2, 3], pads = [2, 3, 2, 3]", (2, 2, 3, 2), (7, 8), [2, 3, 2, 3], [1, 1], [2, 3], id="dilations"),
     pytest.param("group = 2, pads = [1, 1, 1, 1]", (4, 2, 3, 3), (5, 5), [1, 1, 1, 1], [1, 1], [1, 1], id="groups"),
     pytest.param("group = 3", (3, 1, 2, 2), (5, 5), [0, 0, 0, 0], [1, 1], [1, 1], id="depthwise"),
-    pytest.param('auto_pad = "SAME_UPPER", strides = [2, 2]', (2, 2, 3, 3), (6, 7), [0, 1, 1, 1], [2, 2], [1, 1], id="same-upper"),
-    pytest.param('auto_pad = "SAME_LOWER", strides = [2, 2]', (2, 2, 3, 3), (6, 7), [1, 1, 0, 1], [2, 2], [1, 1], id="same-lower"),
+    pytest.param(
+        'auto_pad = "SAME_UPPER", strides = [2, 2]', (2, 2, 3, 3), (6, 7), [0, 1, 1, 1], [2, 2], [1, 1], id="same-upper"
+    ),
+    pytest.param(
+        'auto_pad = "SAME_LOWER", strides = [2, 2]', (2, 2, 3, 3), (6, 7), [1, 1, 0, 1], [2, 2], [1, 1], id="same-lower"
+    ),
     pytest.param('auto_pad = "VALID", strides = [1, 2]', (2, 2, 3, 3), (6, 7), [0, 0, 0, 0], [1, 2], [1, 1], id="valid"),
     pytest.param("strides = [3, 3]", (2, 2, 1, 1), (7, 7), [0, 0, 0, 0], [3, 3], [1, 1], id="1x1-strided"),
 ]

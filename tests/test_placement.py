@@ -27,12 +27,21 @@ def names(placement: Placement) -> dict[str, set[str]]:
     }
 
 
-W = {"w": floats(3, 3, 3, 3), "b": floats(3), "k": floats(3, 4), "c": floats(4), "one": np.float32(1), "wd": np.ones((3, 3, 3, 3))}
+W = {
+    "w": floats(3, 3, 3, 3),
+    "b": floats(3),
+    "k": floats(3, 4),
+    "c": floats(4),
+    "one": np.float32(1),
+    "wd": np.ones((3, 3, 3, 3)),
+}
 CONV = "Conv <pads = [1, 1, 1, 1]>"
 
 
 def image_model(body: str, result: str = "float[n, 3, 8, 8] y", **constants: Array) -> ModelProto:
-    used = {k: v for k, v in {**W, **constants}.items() if k in body.replace(",", " ").replace(")", " ").replace("(", " ").split()}
+    used = {
+        k: v for k, v in {**W, **constants}.items() if k in body.replace(",", " ").replace(")", " ").replace("(", " ").split()
+    }
     return model("g (float[1, 3, 8, 8] x) => (" + result + ") { " + body + " }", **used)
 
 
@@ -40,16 +49,28 @@ REFUSALS = [
     pytest.param("y = Relu(x)", {}, {}, "", id="no-weighted-node"),
     pytest.param("y = Conv <pads = [1, 1, 1, 1]> (x, w)", {}, {"exclude": ("conv_*",)}, "excluded by --exclude", id="excluded"),
     pytest.param(
-        "y = ConvTranspose <pads = [1, 1, 1, 1]> (x, w)", {}, {}, "ConvTranspose has no integer kernel in onnxruntime", id="transpose"
+        "y = ConvTranspose <pads = [1, 1, 1, 1]> (x, w)",
+        {},
+        {},
+        "ConvTranspose has no integer kernel in onnxruntime",
+        id="transpose",
     ),
     pytest.param("y = MatMul(x, x)", {}, {}, "product of two activations", id="two-activations"),
     pytest.param(
-        "v = Identity(w)  y = Conv <pads = [1, 1, 1, 1]> (x, v)", {}, {}, "weights are computed at run time", id="computed-weights"
+        "v = Identity(w)  y = Conv <pads = [1, 1, 1, 1]> (x, v)",
+        {},
+        {},
+        "weights are computed at run time",
+        id="computed-weights",
     ),
     pytest.param("y = MatMul(x, m)", {"m": floats(3, 8, 8)}, {}, "MatMul with weights of rank other than 2", id="matmul-rank-3"),
     pytest.param("v = Identity(b)  y = Conv <pads = [1, 1, 1, 1]> (x, w, v)", {}, {}, "bias is computed at run time", id="bias"),
     pytest.param(
-        "y = Conv <pads = [1, 1, 1, 1]> (i, w)  z = Add(y, x)", {"i": floats(1, 3, 8, 8)}, {}, "input is a constant", id="constant-input"
+        "y = Conv <pads = [1, 1, 1, 1]> (i, w)  z = Add(y, x)",
+        {"i": floats(1, 3, 8, 8)},
+        {},
+        "input is a constant",
+        id="constant-input",
     ),
 ]
 
@@ -93,7 +114,9 @@ def test_refusals_of_gemm(body: str, constants: dict[str, Array], reason: str | 
 
 
 def test_refusal_of_other_weight_types_and_ranks() -> None:
-    source = model("g (double[1, 3, 8, 8] x) => (double[n, 3, p, q] y) { y = Conv(x, w) }", w=floats(3, 3, 3, 3).astype(np.float64))
+    source = model(
+        "g (double[1, 3, 8, 8] x) => (double[n, 3, p, q] y) { y = Conv(x, w) }", w=floats(3, 3, 3, 3).astype(np.float64)
+    )
     graph, _ = placed(source)
     assert linear_refusal(graph.nodes[0], Settings()) == "weights are not float32"
     source = model("g (float[1, 2, 4, 4, 4] x) => (float[n, 2, p, q, r] y) { y = Conv(x, w) }", w=floats(2, 2, 3, 3, 3))
@@ -102,9 +125,7 @@ def test_refusal_of_other_weight_types_and_ranks() -> None:
 
 
 def test_a_conv_reads_and_writes_integers_a_gemm_reads_them() -> None:
-    source = image_model(
-        f"a = {CONV} (x, w)  p = GlobalAveragePool(a)  f = Flatten(p)  y = Gemm(f, k)", "float[n, 4] y"
-    )
+    source = image_model(f"a = {CONV} (x, w)  p = GlobalAveragePool(a)  f = Flatten(p)  y = Gemm(f, k)", "float[n, 4] y")
     _, placement = placed(source)
     got = names(placement)
     assert got["linear"] == {"conv_0", "gemm_3"}
@@ -212,7 +233,7 @@ def test_two_pools_never_share_a_scale(body: str) -> None:
     text = f"""g (float[1, 3, 8, 8] x) => (float[n, 4] y) {{
         a = {CONV} (x, w)  c = {CONV} (a, w)  p = GlobalAveragePool(a)  q = GlobalAveragePool(c)
         {body}  f = Flatten(k2)  y = Gemm(f, m) }}"""
-    graph, placement = placed(model(text, w=W["w"], m=floats(6, 4)))
+    _, placement = placed(model(text, w=W["w"], m=floats(6, 4)))
     assert not [n for n in placement.integer if n.op == "Concat"]
     assert any(t.name == "f" for t in placement.quantised)
 

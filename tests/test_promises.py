@@ -199,6 +199,16 @@ def test_the_signature_holds_names_types_and_shapes() -> None:
     extra = Value("extra", other.inputs[0].type)
     other.inputs.append(extra)
     assert Signature.of(other) != first
+    assert not first.allows(Signature.of(other))
+    assert not Signature.of(other).allows(first)
+
+
+def test_a_shape_may_be_found_where_none_was_declared_but_not_changed() -> None:
+    bare = source()
+    bare.graph.output[0].type.tensor_type.ClearField("shape")
+    open_, shaped = (Signature.of(Graph.from_proto(m)) for m in (bare, source()))
+    assert open_.allows(shaped)
+    assert not shaped.allows(open_)
 
 
 @pytest.mark.parametrize(
@@ -212,9 +222,7 @@ def test_the_signature_holds_names_types_and_shapes() -> None:
         pytest.param(times(1.5), "moved output", id="exact-moved"),
     ],
 )
-def test_the_pipeline_leaves_no_file(
-    rewrite: Rewrite, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_pipeline_leaves_no_file(rewrite: Rewrite, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "float.onnx"
     onnx.save(source(), path)
     monkeypatch.setattr(pipeline, "passes_for", lambda *_: (Fake(rewrite),))

@@ -25,7 +25,9 @@ def multiplier(input_scale: np.float32, weight_scale: Array, output_scale: np.fl
 
 # ---- activation_params ----
 @given(
-    low=st.floats(min_value=-1e6, max_value=1e6), high=st.floats(min_value=-1e6, max_value=1e6), kind=st.sampled_from(sorted(ACTIVATIONS))
+    low=st.floats(min_value=-1e6, max_value=1e6),
+    high=st.floats(min_value=-1e6, max_value=1e6),
+    kind=st.sampled_from(sorted(ACTIVATIONS)),
 )
 def test_a_range_is_covered_and_zero_is_exact(low: float, high: float, kind: str) -> None:
     low, high = min(low, high), max(low, high)
@@ -269,7 +271,7 @@ def test_the_same_weights_give_the_same_bytes() -> None:
 
 
 def test_no_weight_is_lost_without_a_word() -> None:
-    with pytest.raises(ValueError, match="channel 1: .*not finite"):
+    with pytest.raises(ValueError, match=r"channel 1: .*not finite"):
         quantise_weight(np.array([[1.0, 2.0], [np.nan, 1.0]]), np.float32(0.01), None, pair_rule=True)
 
 

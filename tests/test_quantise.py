@@ -254,7 +254,9 @@ def runs_in(graph: Graph) -> list[str]:
         pytest.param(f"a = {CONV} (x, w)  d = {CONV} (a, w)  y = {CONV} (d, w)", "conv_1", id="direct"),
         pytest.param(f"a = {CONV} (x, w)  d = {CONV} (a, w)  r = Relu(d)  y = {CONV} (r, w)", "conv_1", id="relu-behind"),
         pytest.param(
-            f"a = {CONV} (x, w)  m = MaxPool <kernel_shape = [2, 2]> (a)  d = {CONV} (m, w)  y = {CONV} (d, w)", "conv_2", id="pool-before"
+            f"a = {CONV} (x, w)  m = MaxPool <kernel_shape = [2, 2]> (a)  d = {CONV} (m, w)  y = {CONV} (d, w)",
+            "conv_2",
+            id="pool-before",
         ),
     ],
 )

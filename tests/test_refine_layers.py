@@ -153,9 +153,9 @@ def test_a_bias_that_leaves_int32_is_named() -> None:
 
 def test_weights_that_are_not_integers_yet_are_named() -> None:
     graph, context = compiled("round_weights")
+    assert context.plan is not None
+    context.plan.linears[0].node.inputs[2] = graph.inputs[0]  # a bias that is no constant at all
     with pytest.raises(PassError, match="input 2 is not a dequantised constant"):
-        # Without integer_bias there are no int32 biases; with float ones the walk would correct those (tensorrt).
-        context.plan.linears[0].node.inputs[2] = graph.inputs[0]  # type: ignore[union-attr]
         RefineLayers().run(graph, context)
 
 

@@ -108,5 +108,5 @@ def test_a_weight_that_is_not_finite_is_named() -> None:
     broken = weight.array().copy()
     broken[3, 0, 0, 0] = np.nan
     weight.assign(broken)
-    with pytest.raises(PassError, match="node 'conv_2': channel 3: .*--exclude 'conv_2'"):
+    with pytest.raises(PassError, match=r"node 'conv_2': channel 3: .*--exclude 'conv_2'"):
         RoundWeights().run(graph, context)

@@ -27,9 +27,7 @@ def error(weight: Array, scale: Array, q: Array, moment: Array) -> Array:
     return np.einsum("gck,gkl,gcl->gc", e, moment, e)
 
 
-def layer(
-    seed: int, groups: int, channels: int, width: int, rows: int, spread: float = 1.0
-) -> tuple[Array, Array, Array]:
+def layer(seed: int, groups: int, channels: int, width: int, rows: int, spread: float = 1.0) -> tuple[Array, Array, Array]:
     rng = np.random.default_rng(seed)
     weight = rng.normal(size=(groups, channels, width)).astype(np.float32) * spread
     scale = (np.abs(weight).max(axis=2) / rng.uniform(20, 127)).astype(np.float32)
@@ -52,9 +50,7 @@ def check_pairs(q: Array) -> None:
     rows=st.sampled_from([1, 2, 5, 400]),
     pair_rule=st.booleans(),
 )
-def test_never_worse_and_within_the_rules(
-    seed: int, groups: int, channels: int, width: int, rows: int, pair_rule: bool
-) -> None:
+def test_never_worse_and_within_the_rules(seed: int, groups: int, channels: int, width: int, rows: int, pair_rule: bool) -> None:
     weight, scale, moment = layer(seed, groups, channels, width, rows)
     start = start_of(weight, scale, pair_rule)
     q = second_order_round(weight, scale, moment, start, pair_rule=pair_rule)
@@ -199,3 +195,10 @@ def test_the_inputs_are_not_changed() -> None:
         np.testing.assert_array_equal(now, before)
     second = second_order_round(weight, scale, moment, start, pair_rule=True)
     assert first.tobytes() == second.tobytes()
+
+
+def test_a_moment_that_is_not_finite_is_refused() -> None:
+    weight, scale, moment = layer(10, 1, 3, 8, 300)
+    moment[0, 2, 2] = np.inf
+    with pytest.raises(FloatingPointError, match="not finite"), np.errstate(all="ignore"):
+        second_order_round(weight, scale, moment, start_of(weight, scale, True), pair_rule=True)

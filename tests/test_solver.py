@@ -71,11 +71,9 @@ def test_a_chain_of_adds() -> None:
 
 def test_a_residual_stream() -> None:
     """x1 = x0 + f0, x2 = x1 + f1 ...: one chain of results, free branches."""
-    stream = [place(i, -2.0**i, 2.0**i) for i in range(6)]
+    stream = [place(i, -(2.0**i), 2.0**i) for i in range(6)]
     branches = [place(10 + i, -1.5, 1.7) for i in range(5)]
-    plan = Plan(
-        classes=[*stream, *branches], adds=[add(stream[i], branches[i], stream[i + 1]) for i in range(5)]
-    )
+    plan = Plan(classes=[*stream, *branches], adds=[add(stream[i], branches[i], stream[i + 1]) for i in range(5)])
     check(plan)
 
 
@@ -159,7 +157,10 @@ def test_random_graphs_of_adds(seed: int, count: int, sites: int, spread: float)
 # ---- pools ----
 @settings(max_examples=100, deadline=None)
 @given(
-    high=st.floats(1e-3, 1e3), ratio=st.floats(0.01, 4.0), area=st.integers(1, 4096), kind=st.sampled_from(["any", "arm", "tensorrt"])
+    high=st.floats(1e-3, 1e3),
+    ratio=st.floats(0.01, 4.0),
+    area=st.integers(1, 4096),
+    kind=st.sampled_from(["any", "arm", "tensorrt"]),
 )
 def test_pools_are_dyadic_in_float32(high: float, ratio: float, area: int, kind: str) -> None:
     source, result = place(0, -0.1 * high, high), place(1, 0.0, high * ratio)
@@ -199,7 +200,8 @@ GRAPHS: dict[str, Callable[[], str]] = {
         f"  s = Add(a, b)  {conv('s', 'z', 'w2')}  {conv('m', 'v', 'w2')}  y = Concat <axis = 0> (z, v)"
     ),
     "chain": lambda: (
-        f"{conv('x', 'a', 'w0')}  {conv('a', 'b', 'w1')}  s = Add(a, b)  {conv('s', 'c', 'w2')}  t = Add(s, c)  {conv('t', 'y', 'w0')}"
+        f"{conv('x', 'a', 'w0')}  {conv('a', 'b', 'w1')}  s = Add(a, b)"
+        f"  {conv('s', 'c', 'w2')}  t = Add(s, c)  {conv('t', 'y', 'w0')}"
     ),
 }
 

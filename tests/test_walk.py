@@ -71,7 +71,9 @@ def test_memory_is_a_cut_of_the_graph() -> None:
 
 def test_dequantised_tensors_are_never_held() -> None:
     graph, context, _ = run_core(
-        model(f"g (float[1, 3, 8, 8] x) => (float[n, 3, 8, 8] y) {{ a = {CONV} (x, w)  y = {CONV} (a, w) }}", w=floats(3, 3, 3, 3)),
+        model(
+            f"g (float[1, 3, 8, 8] x) => (float[n, 3, 8, 8] y) {{ a = {CONV} (x, w)  y = {CONV} (a, w) }}", w=floats(3, 3, 3, 3)
+        ),
         images(),
         until="integer_bias",
     )

@@ -1,0 +1,107 @@
+"""Options are judged before any work begins: one line each, naming the option and what to give instead."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qcompile.context import Settings
+from qcompile.errors import InputError
+from qcompile.options import CHOICES, check_settings, output_path
+
+BAD = [
+    pytest.param({"bits": 4}, r"--bits 4: only 8", id="bits"),
+    pytest.param({"format": "tflite"}, r"--format tflite: choose one of qdq", id="format"),
+    pytest.param({"target": "gpu"}, r"--target gpu: choose one of any", id="target"),
+    pytest.param({"ranges": "kl"}, r"--ranges kl: choose one of mse", id="ranges"),
+    pytest.param({"effort": "heroic"}, r"--effort heroic: choose one of fast", id="effort"),
+    pytest.param({"inputs_as": "int4"}, r"--inputs-as int4: choose one of float32", id="inputs-as"),
+    pytest.param({"keep_head": "no"}, r"--keep-head no: choose one of float", id="keep-head"),
+    pytest.param({"format": "qoperator", "target": "arm"}, r"--format qoperator --target arm: .*use --format qdq", id="arm"),
+    pytest.param({"format": "qoperator", "target": "tensorrt"}, r"--format qoperator --target tensorrt", id="tensorrt"),
+]
+
+
+@pytest.mark.parametrize(("settings", "words"), BAD)
+def test_values_that_are_not_offered(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError, match=words) as caught:
+        check_settings(Settings(**settings), None, False)
+    assert caught.value.exit_status == 2
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_every_offered_value_is_taken(name: str) -> None:
+    for value in CHOICES[name]:
+        check_settings(Settings(**{name: value}), None, False)
+    assert getattr(Settings(), name) in CHOICES[name]
+
+
+@pytest.mark.parametrize(
+    ("limit", "has_evaluation", "words"),
+    [
+        pytest.param(1.0, False, "give --eval data with labels", id="no-eval"),
+        pytest.param(-0.1, True, "between 0 and 100", id="negative"),
+        pytest.param(100.5, True, "between 0 and 100", id="too-large"),
+        pytest.param(float("nan"), True, "between 0 and 100", id="nan"),
+    ],
+)
+def test_limits_that_cannot_be(limit: float, has_evaluation: bool, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        check_settings(Settings(), limit, has_evaluation)
+
+
+@pytest.mark.parametrize("limit", [0.0, 0.5, 100.0])
+def test_limits_that_can_be(limit: float) -> None:
+    check_settings(Settings(), limit, True)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "name", "expected"),
+    [
+        ("/stem/conv", "/stem/conv", True),
+        ("/stem/*", "/stem/conv", True),
+        ("*conv", "/stem/conv", True),
+        ("/Stem/*", "/stem/conv", False),
+        ("conv[0]", "conv[0]", True),  # a literal name wins over a pattern of the same text
+        ("conv[01]", "conv1", True),
+        ("conv", "conv1", False),
+    ],
+)
+def test_exclude_patterns(pattern: str, name: str, expected: bool) -> None:
+    assert Settings(exclude=(pattern,)).excluded(name) is expected
+
+
+# ---- where the output goes ----
+def test_the_default_stands_beside_the_source(tmp_path: Path) -> None:
+    assert output_path(tmp_path / "net.onnx", None, 8) == tmp_path / "net.int8.onnx"
+    assert output_path(tmp_path / "net.v2.onnx", None, 8) == tmp_path / "net.v2.int8.onnx"
+    assert output_path(tmp_path / "net", None, 8) == tmp_path / "net.int8.onnx"
+    assert output_path(tmp_path / "net.onnx", str(tmp_path / "other.onnx"), 8) == tmp_path / "other.onnx"
+
+
+@pytest.mark.parametrize("link", ["same", "symbolic", "hard"])
+def test_the_input_is_never_overwritten(tmp_path: Path, link: str) -> None:
+    source = tmp_path / "net.onnx"
+    source.write_bytes(b"model")
+    output = source if link == "same" else tmp_path / "alias.onnx"
+    if link == "symbolic":
+        output.symlink_to(source)
+    elif link == "hard":
+        os.link(source, output)
+    with pytest.raises(InputError, match="is the input itself"):
+        output_path(source, output, 8)
+    assert source.read_bytes() == b"model"
+
+
+def test_a_folder_a_missing_folder_and_a_locked_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match="is a folder; give a file name"):
+        output_path(tmp_path / "net.onnx", tmp_path, 8)
+    with pytest.raises(InputError, match="its folder does not exist"):
+        output_path(tmp_path / "net.onnx", tmp_path / "none" / "out.onnx", 8)
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere, so permissions themselves prove nothing
+    with pytest.raises(InputError, match="cannot be written; choose another"):
+        output_path(tmp_path / "net.onnx", tmp_path / "out.onnx", 8)
