@@ -14,6 +14,7 @@ from qcompile.passes.fuse_linear import FuseLinear
 from qcompile.passes.integer_bias import IntegerBias
 from qcompile.passes.linear_form import LinearForm
 from qcompile.passes.lower_qoperator import LowerQOperator
+from qcompile.passes.pack_int4 import PackInt4
 from qcompile.passes.patch_to_gemm import PatchToGemm
 from qcompile.passes.pool_to_conv import PoolToConv
 from qcompile.passes.quantise import Quantise
@@ -55,6 +56,7 @@ PASSES: tuple[Pass, ...] = (
     CorrectMeans(),
     SumResiduals(),
     LowerQOperator(),
+    PackInt4(),
 )
 
 _CANONICAL = (FoldConstants, SumToAdd, SimplifyShapes, Eliminate, FuseLinear, FoldBatchNorm)

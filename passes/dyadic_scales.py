@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
+from operator import is_not
 
 import numpy as np
 
@@ -51,6 +53,6 @@ def _clamp(graph: Graph, context: Context, place: ScaleClass) -> int:
         integers = quantiser.outputs[0]
         bounds = [graph.constant(f"{integers.name}_{end}", np.zeros((), context.activations.dtype)) for end in ("low", "high")]
         clip = graph.node("Clip", [integers, *bounds], [integers.name + "_clamped"])
-        graph.replace_uses(integers, clip.outputs[0], only=lambda n, clip=clip: n is not clip)
+        graph.replace_uses(integers, clip.outputs[0], only=partial(is_not, clip))
         plan.clamps.append(ClampSite(clip, place, place.floor, place.ceiling))
     return len(quantisers)

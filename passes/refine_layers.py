@@ -83,7 +83,7 @@ class _Layer:
     @property
     def width(self) -> int:
         """K, the length of the products' reduction."""
-        return self.weight.size // self.weight.shape[self.site.axis]
+        return int(self.weight.size // self.weight.shape[self.site.axis])
 
     def _input(self, integers: Array) -> Array:
         return dequantise(integers, self.site.source.scale, self.site.source.zero_point)
@@ -104,6 +104,7 @@ class _Layer:
             start.reshape(shape),
             pair_rule=context.settings.target == "any" and not self.site.depthwise,
             damping=damping,
+            top=context.settings.weight_top,
         ).reshape(matrix.shape)
         if np.array_equal(rounded, start):
             return False

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from qcompile.context import Context
 from qcompile.errors import PassError
-from qcompile.graph import Graph, Node
+from qcompile.graph import Const, Graph, Node
 from qcompile.plan import LinearSite
 from qcompile.qparams import quantise_weight
 from qcompile.rewrite import Lossy, Promise, Report
@@ -71,16 +71,18 @@ def _round(graph: Graph, context: Context, site: LinearSite) -> None:
             pair_rule=settings.target == "any" and not site.depthwise,
             candidates=8 if settings.effort == "fast" else 24,
             bias=bias.array(),
+            top=settings.weight_top,
             activation_top=context.activations.high - context.activations.low,
         )
     except ValueError as error:
         raise PassError(f"node '{node.label}': {error}; leave it float with --exclude '{node.label}'") from error
     site.weight_scale = result.scale
-    replace_weight(graph, node, weight_tensor(result.values, values.shape, node.op, site.axis), result.scale, site.axis)
+    integers = weight_tensor(result.values, values.shape, node.op, site.axis)
+    site.stored = replace_weight(graph, node, integers, result.scale, site.axis)
 
 
-def replace_weight(graph: Graph, node: Node, integers: Array, scale: Array, axis: int) -> None:
-    """Let `node` read its weights through a DequantizeLinear with one scale a channel."""
+def replace_weight(graph: Graph, node: Node, integers: Array, scale: Array, axis: int) -> Const:
+    """Let `node` read its weights through a DequantizeLinear with one scale a channel; returns the stored integers."""
     name = node.inputs[1].name
     stored = graph.constant(name + "_int8", np.ascontiguousarray(integers.astype(np.int8)))
     factor = graph.constant(name + "_scale", scale.astype(np.float32))
@@ -89,3 +91,4 @@ def replace_weight(graph: Graph, node: Node, integers: Array, scale: Array, axis
         "DequantizeLinear", [stored, factor, zero], [name + "_dequantized"], name=node.label + "_weight_dq", axis=axis
     )
     node.inputs[1] = dequantise.outputs[0]
+    return stored

@@ -69,7 +69,7 @@ def cli() -> None:
 @cli.command("compile", cls=CompileCommand, hidden=True)
 @click.argument("model", type=_FILE)
 @click.option("-o", "--output", type=_FILE, metavar="OUT", help="Where to write.  [MODEL with .int8.onnx]")
-@click.option("--bits", type=LaterChoice(["8"], ["4", "mixed"]), default="8", metavar="8", help="Width of weights.  [8]")
+@click.option("--bits", type=LaterChoice(["8", "4"], ["mixed"]), default="8", help="Width of weights.  [8]")
 @click.option(
     "--format", "format_", type=LaterChoice(["qdq", "qoperator"], ["integer"]), default="qdq", help="Operators written.  [qdq]"
 )

@@ -34,6 +34,11 @@ class Settings:
     opset: int | None = None
     seed: int = 0
 
+    @property
+    def weight_top(self) -> int:
+        """The largest magnitude of an integer weight: 127, or 7 for 4 bits."""
+        return int(2 ** (self.bits - 1) - 1)
+
     def excluded(self, name: str) -> bool:
         """Whether node `name` is to stay float."""
         return any(name == pattern or fnmatchcase(name, pattern) for pattern in self.exclude)

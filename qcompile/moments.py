@@ -68,14 +68,14 @@ def _patches(
     padded = np.pad(array, [(0, 0), (0, 0), *zip(begin, end, strict=True)])
     spans = [(k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True)]
     windows = np.lib.stride_tricks.sliding_window_view(padded, spans, axis=tuple(range(2, 2 + rank)))
-    windows = windows[
-        (slice(None), slice(None), *(slice(None, None, s) for s in strides), *(slice(None, None, d) for d in dilations))
-    ]
+    whole: tuple[Any, ...] = (slice(None), slice(None))
+    windows = windows[whole + tuple(slice(None, None, step) for step in (*strides, *dilations))]
     places = windows.shape[0], *windows.shape[2 : 2 + rank]
     size = int(np.prod(places))
     chosen = np.arange(size) if size <= wanted else np.sort(random.choice(size, wanted, replace=False))
-    index = np.unravel_index(chosen, places)
-    picked = windows[(index[0], slice(None), *index[1:])]  # [rows, channels, *kernel]
+    sample, *position = np.unravel_index(chosen, places)
+    where: tuple[Any, ...] = (sample, slice(None), *position)
+    picked = windows[where]  # [rows, channels, *kernel]
     rows = picked.reshape(len(chosen), groups, -1, *kernel)
     return np.ascontiguousarray(np.moveaxis(np.moveaxis(rows, 2, -1), 0, 1).reshape(groups, len(chosen), -1), dtype=np.float32)
 

@@ -20,8 +20,10 @@ CHOICES: dict[str, tuple[str, ...]] = {
 
 def check_settings(settings: Settings, max_drop: float | None, has_evaluation: bool) -> None:
     """Raise InputError for a value that is not offered, or options that cannot go together."""
-    if settings.bits != 8:
-        raise InputError(f"--bits {settings.bits}: only 8 is implemented in this version; use --bits 8")
+    if settings.bits not in (4, 8):
+        raise InputError(f"--bits {settings.bits}: this version writes weights of 8 or 4 bits; use one of them")
+    if settings.bits == 4 and settings.opset is not None and settings.opset < 21:
+        raise InputError(f"--bits 4 --opset {settings.opset}: INT4 tensors need opset 21; leave --opset out")
     for name, offered in CHOICES.items():
         if getattr(settings, name) not in offered:
             raise InputError(f"--{name.replace('_', '-')} {getattr(settings, name)}: choose one of {', '.join(offered)}")

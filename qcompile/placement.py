@@ -238,7 +238,10 @@ def linear_refusal(node: Node, settings: Settings) -> str | None:
 
 def _one_a_channel(bias: Const | None, channels: int) -> bool:
     """Whether a Gemm's C is absent, one number, or a row; a column or a matrix adds another number to each row."""
-    return bias is None or (bias.dims[-1:] in ((), (1,), (channels,)) and all(d == 1 for d in bias.dims[:-1]))
+    if bias is None:
+        return True
+    *rows, last = bias.dims or (1,)
+    return last in (1, channels) and all(d == 1 for d in rows)
 
 
 def shares_scale(node: Node) -> bool:
@@ -252,10 +255,8 @@ def shares_scale(node: Node) -> bool:
         zero = node.input(2) is None or (value is not None and not np.any(value.array()))
         return zero and node.attr("mode", "constant") in ("constant", "reflect", "edge") and node.constant(1) is not None
     if node.op == "Resize":
-        return (
-            node.attr("mode", "nearest") == "nearest"
-            and node.attr("coordinate_transformation_mode", "half_pixel") != "tf_crop_and_resize"
-        )
+        cropped = node.attr("coordinate_transformation_mode", "half_pixel") == "tf_crop_and_resize"
+        return not cropped and bool(node.attr("mode", "nearest") == "nearest")
     return True
 
 

@@ -52,7 +52,8 @@ class PoolSite:
 
 @dataclass(eq=False)
 class LinearSite:
-    """An integer Conv or Gemm. `result` is None where it ends in float. Its weights' channel axis is `axis`."""
+    """An integer Conv or Gemm. `result` is None where it ends in float. Its weights' channel axis is `axis`;
+    `weight_scale` and `stored`, its scales and integers, are there from `round_weights` on."""
 
     node: Node
     source: ScaleClass
@@ -60,6 +61,7 @@ class LinearSite:
     axis: int
     depthwise: bool
     weight_scale: np.ndarray[tuple[int], np.dtype[np.float32]] | None = None
+    stored: Const | None = None
 
 
 @dataclass(eq=False)

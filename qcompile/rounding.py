@@ -42,7 +42,7 @@ def second_order_round(
     factor = _damped_factor(hessian, damping * np.maximum(level, 1e-30))
     work = np.take_along_axis(matrix, order[:, None, :], 2) / steps[:, :, None]
     pairs = width // 2 * 2 if pair_rule else 0
-    rounded = np.swapaxes(_sweep(np.ascontiguousarray(np.swapaxes(work, 1, 2)), factor, _partner(order, pairs), top), 1, 2)
+    rounded = np.swapaxes(_sweep(np.ascontiguousarray(np.swapaxes(work, 1, 2)), factor, pairs, top), 1, 2)
     result = np.empty_like(rounded)
     np.put_along_axis(result, np.broadcast_to(order[:, None, :], rounded.shape), rounded, 2)
     reached, before = (_error(matrix, steps, q, moment) for q in (result, start))
@@ -60,20 +60,16 @@ def _order(diagonal: FloatArray, pair_rule: bool) -> npt.NDArray[np.int64]:
     return np.concatenate([order, np.full((groups, width - even), even)], axis=1) if width > even else order
 
 
-def _partner(order: npt.NDArray[np.int64], pairs: int) -> int:
-    """How many leading columns of the order come in pairs."""
-    return min(pairs, order.shape[1])
-
-
 def _damped_factor(hessian: FloatArray, damping: FloatArray) -> FloatArray:
     """The upper factor of H + damping * I; more damping where rounding left a moment that is not positive definite."""
+    if not np.isfinite(hessian).all():
+        raise FloatingPointError("the second moment of a layer's input is not finite")
     identity = np.eye(hessian.shape[1])
-    for _ in range(12):
+    while True:  # ends: beyond the largest entry times K the sum is positive definite
         try:
             return _upper_factor(hessian + damping[:, None, None] * identity)
         except np.linalg.LinAlgError:
             damping = damping * 10
-    raise FloatingPointError("the second moment of a layer's input is not finite")
 
 
 def _upper_factor(hessian: FloatArray) -> FloatArray:

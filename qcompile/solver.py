@@ -72,7 +72,8 @@ def _try(plan: Plan, kind: ActivationType, shared: Sequence[set[ScaleClass]]) ->
 def _on_ratio(result: np.float32, p: float, q: int, operand: ScaleClass) -> np.float32:
     """The operand's scale, result * p / q with p rounded: down where a folded Clip bounds it from above."""
     whole = max(1, math.floor(p) if operand.ceiling is not None else round(p))
-    return np.float32(float(result) * whole / q)
+    scale: np.float32 = np.float32(float(result) * whole / q)
+    return scale
 
 
 def _odds(known: Sequence[float], wanted: Sequence[float]) -> list[int]:
@@ -140,10 +141,10 @@ def _pool_scale(pool: PoolSite, kind: ActivationType) -> np.float32:
         if not 1 <= b < MAX_NUMERATOR:
             continue
         target = np.float32(b / 2.0**SHIFT)
-        middle = np.float32(float(source) * 2.0**SHIFT / (b * pool.area))
+        middle: np.float32 = np.float32(float(source) * 2.0**SHIFT / (b * pool.area))
         for candidate in (middle, np.nextafter(middle, np.float32(np.inf)), np.nextafter(middle, np.float32(0))):
             if source / (candidate * area) == target:
-                return np.float32(candidate)
+                return candidate
     raise ValueError(
         f"pool '{pool.node.label}': no float32 output scale is dyadic for input scale {source} over {area} positions"
     )

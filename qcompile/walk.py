@@ -130,4 +130,4 @@ def _convolve(node: Node, x: Array, weight: Array) -> Array:
 
 def dequantise(integers: Array, scale: np.float32, zero_point: int) -> Array:
     """float32 values of an integer activation tensor."""
-    return (integers.astype(np.int32) - zero_point).astype(np.float32) * np.float32(scale)
+    return np.multiply((integers.astype(np.int32) - zero_point).astype(np.float32), scale, dtype=np.float32)

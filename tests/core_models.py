@@ -24,6 +24,21 @@ from qcompile.rewrite import Pass, Report
 from qcompile.runtime import Feeds, Optimisation, Session
 from qcompile.sessions import graph_session
 
+__all__ = [
+    "CORE",
+    "core_context",
+    "float_outputs",
+    "floats",
+    "images",
+    "model",
+    "node",
+    "only",
+    "outputs",
+    "run_core",
+    "run_registry",
+    "sqnr",
+]
+
 CORE: tuple[Pass, ...] = (
     Calibrate(),
     Quantise(),
@@ -35,9 +50,9 @@ CORE: tuple[Pass, ...] = (
 )
 
 
-def model(text: str, opset: int = 21, **constants: Array) -> ModelProto:
+def model(text: str, **constants: Any) -> ModelProto:
     """A checked model whose nodes all have names."""
-    made = parse(text, opset, **constants)
+    made = parse(text, **constants)
     for index, node in enumerate(made.graph.node):
         node.name = node.name or f"{node.op_type.lower()}_{index}"
     onnx.checker.check_model(made, full_check=True)
