@@ -22,7 +22,7 @@ class IntegerBias:
     """Round each linear node's bias; the last step before lowering."""
 
     name: str = "integer_bias"
-    keeps: Promise = field(default_factory=Lossy)
+    keeps: Promise = field(default_factory=lambda: Lossy(-30.0))  # 4 bits rounded to nearest may drown a net until refine_layers
 
     def run(self, graph: Graph, context: Context) -> Report:
         """Rewrites: one a bias."""

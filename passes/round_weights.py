@@ -43,7 +43,7 @@ class RoundWeights:
     """Round to nearest on the final dyadic scale."""
 
     name: str = "round_weights"
-    keeps: Promise = field(default_factory=Lossy)
+    keeps: Promise = field(default_factory=lambda: Lossy(-30.0))  # 4 bits rounded to nearest may drown a net until refine_layers
 
     def run(self, graph: Graph, context: Context) -> Report:
         """Rewrites: one a weight tensor."""

@@ -137,7 +137,9 @@ def _is_kernel(node: Node) -> bool:
         return level is not None and level.i == _INTEGER_ACCURACY_LEVEL
     # NhwcMaxPool exists for 8-bit tensors only, and carries no type that shape inference knows.
     return (
-        node.op in _KERNEL_WEIGHT or node.op.startswith(("QLinear", "QOrdered")) or node.op in ("DynamicQuantizeLSTM", "NhwcMaxPool")
+        node.op in _KERNEL_WEIGHT
+        or node.op.startswith(("QLinear", "QOrdered"))
+        or node.op in ("DynamicQuantizeLSTM", "NhwcMaxPool")
     )
 
 

@@ -12,7 +12,9 @@ BIAS = RANDOM.normal(size=5).astype(np.float32)
 FEED = {"x": RANDOM.normal(size=(2, 3, 6, 8)).astype(np.float32)}
 
 
-def net(conv: str = "strides = [2,4]", inputs: str = "x, w, b", tail: str = "y = Transpose <perm = [0,2,1]> (f)", size: str = "6,8") -> str:
+def net(
+    conv: str = "strides = [2,4]", inputs: str = "x, w, b", tail: str = "y = Transpose <perm = [0,2,1]> (f)", size: str = "6,8"
+) -> str:
     return f"""g (float[N,3,{size}] x) => (float[a,b,d] y) <int64[3] s = {{0, 5, -1}}> {{
         c = Conv <{conv}> ({inputs})
         f = Reshape (c, s)
@@ -49,7 +51,9 @@ def test_a_remainder_is_refused() -> None:
 
 
 def test_another_reader_is_left_alone() -> None:
-    text = net(tail="t = Transpose <perm = [0,2,1]> (f) y = Concat <axis = 2> (t, t) z = Relu (c)").replace("y) <", "y, float[a,e,g,h] z) <")
+    text = net(tail="t = Transpose <perm = [0,2,1]> (f) y = Concat <axis = 2> (t, t) z = Relu (c)").replace(
+        "y) <", "y, float[a,e,g,h] z) <"
+    )
     report, graph = check_pass(PatchToGemm(), parse(text, w=WEIGHT, b=BIAS), FEED)
     assert report.rewrites == 0
     assert ops(graph)["Conv"] == 1
