@@ -10,11 +10,13 @@ from qcompile.passes.eliminate import Eliminate
 from qcompile.passes.expect_ranges import ExpectRanges
 from qcompile.passes.fold_bn import FoldBatchNorm
 from qcompile.passes.fold_constants import FoldConstants
+from qcompile.passes.fuse_gelu import FuseGelu
 from qcompile.passes.fuse_linear import FuseLinear
 from qcompile.passes.integer_bias import IntegerBias
 from qcompile.passes.linear_form import LinearForm
 from qcompile.passes.lower_qoperator import LowerQOperator
 from qcompile.passes.pack_int4 import PackInt4
+from qcompile.passes.pad_channels import PadChannels
 from qcompile.passes.patch_to_gemm import PatchToGemm
 from qcompile.passes.pool_to_conv import PoolToConv
 from qcompile.passes.quantise import Quantise
@@ -26,8 +28,10 @@ from qcompile.passes.search_ranges import SearchRanges
 from qcompile.passes.simplify_shapes import SimplifyShapes
 from qcompile.passes.sink_reshapes import SinkReshapes
 from qcompile.passes.smooth import Smooth
+from qcompile.passes.split_heads import SplitHeads
 from qcompile.passes.sum_residuals import SumResiduals
 from qcompile.passes.sum_to_add import SumToAdd
+from qcompile.passes.transpose_first import TransposeFirst
 from qcompile.rewrite import Pass
 
 PASSES: tuple[Pass, ...] = (
@@ -35,6 +39,7 @@ PASSES: tuple[Pass, ...] = (
     SumToAdd(),
     SimplifyShapes(),
     Eliminate(),
+    FuseGelu(),
     FuseLinear(),
     RecordBatchNorm(),
     FoldBatchNorm(),
@@ -44,6 +49,9 @@ PASSES: tuple[Pass, ...] = (
     SinkReshapes(),
     Eliminate(),
     PoolToConv(),
+    SplitHeads(),
+    TransposeFirst(),
+    PadChannels(),
     Calibrate(),
     ExpectRanges(),
     Smooth(),
@@ -59,7 +67,7 @@ PASSES: tuple[Pass, ...] = (
     PackInt4(),
 )
 
-_CANONICAL = (FoldConstants, SumToAdd, SimplifyShapes, Eliminate, FuseLinear, FoldBatchNorm)
+_CANONICAL = (FoldConstants, SumToAdd, SimplifyShapes, Eliminate, FuseGelu, FuseLinear, FoldBatchNorm)
 _DYNAMIC: tuple[Pass, ...] = (*(p for p in PASSES if isinstance(p, _CANONICAL)), QuantiseDynamic(), SumResiduals())
 _WITHOUT_DATA = (RecordBatchNorm, ExpectRanges, CorrectMeans)
 _WITH_DATA = (SearchRanges, RefineLayers)

@@ -2,8 +2,8 @@
 
     W [channels, K]  ->  DequantizeLinear(W_int8, Sw, axis)
 
-The scale is chosen by squared error among the grid's points, under the pair rule for `--target any` (depthwise convolutions are
-exempt: their kernels do not add products in pairs).
+The scale is chosen by squared error, each weight's weighted by the variance of its input, among the grid's points, under the
+pair rule for `--target any` (depthwise convolutions are exempt: their kernels do not add products in pairs).
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ import numpy.typing as npt
 
 from qcompile.context import Context
 from qcompile.errors import PassError
-from qcompile.graph import Const, Graph, Node
+from qcompile.graph import Const, Graph, Node, Value
+from qcompile.moments import input_variance
 from qcompile.plan import LinearSite
 from qcompile.qparams import quantise_weight
 from qcompile.rewrite import Lossy, Promise, Report
+from qcompile.walk import Stream
 
 Array = npt.NDArray[Any]
 
@@ -50,15 +52,37 @@ class RoundWeights:
         report = Report()
         if context.plan is None:
             return report
-        for site in context.plan.linears:
-            if site.weight_scale is None:
-                _round(graph, context, site)
-                report.rewrites += 1
+        waiting = [site for site in context.plan.linears if site.weight_scale is None]
+        weigh = waiting and context.settings.effort != "fast" and not context.synthetic and context.samples
+        original = context.float_graph if weigh else None
+        world = Stream(original, context.samples) if original is not None else None
+        by_name = {n.name: n for n in original.nodes} if original is not None else {}
+        for site in waiting:
+            importance = _importance(by_name[site.node.name], world, context) if world is not None else None
+            _round(graph, context, site, importance)
+            report.rewrites += 1
         graph.cleanup()
         return report
 
 
-def _round(graph: Graph, context: Context, site: LinearSite) -> None:
+def _importance(original: Node, world: Stream, context: Context) -> Array | None:
+    """[channels, K]: the variance of what each weight multiplies, in the float model; None where nothing varies.
+
+    An error of a weight counts as much as its input varies; the input's mean is bias correction's business.
+    """
+    source, weight = original.inputs[0], original.constant(1)
+    assert isinstance(source, Value) and weight is not None
+    values = world.values(source)
+    variance = input_variance(original, weight.dims, values, len(values), context.settings.seed)
+    if not (variance > 0).any():
+        return None
+    axis = 1 if original.op == "Gemm" and not original.attr("transB", 0) else 0
+    channels = weight.dims[axis]
+    # A weight whose input never varied still gets a small say: new data may move it.
+    return np.repeat(variance + 1e-3 * variance.mean(), channels // variance.shape[0], axis=0)
+
+
+def _round(graph: Graph, context: Context, site: LinearSite, importance: Array | None) -> None:
     node, settings = site.node, context.settings
     weight, bias = node.constant(1), node.constant(2)
     assert weight is not None and bias is not None
@@ -70,6 +94,7 @@ def _round(graph: Graph, context: Context, site: LinearSite) -> None:
             None if site.result is None else site.result.scale,
             pair_rule=settings.target == "any" and not site.depthwise,
             candidates=8 if settings.effort == "fast" else 24,
+            importance=importance,
             bias=bias.array(),
             top=settings.weight_top,
             activation_top=context.activations.high - context.activations.low,

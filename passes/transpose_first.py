@@ -4,8 +4,9 @@
 2. Transpose [N, H W, C] -> [N, C, H W], Reshape -> [N, C, H, W]   becomes   Reshape -> [N, H, W, C], Transpose -> [N, C, H, W]
 
 onnxruntime computes int8 convolutions channels-last and puts a Transpose before and behind them; written this way these cancel
-against the model's own. Patch embeddings of vision transformers have form 1, mixed models (SegFormer, PVT) form 2 too. vit_mnist,
-one thread, onnxruntime 1.32: .1245 -> .1177 ms, ratio .945.
+against the model's own. Patch embeddings of vision transformers have form 1, mixed models (SegFormer, PVT) both.
+Measured with onnxruntime 1.32, one thread, three feed-forward blocks with a depthwise convolution on 28 x 28 x 256 (six
+Transposes less) 1.031 -> .969 ms, ratio .94; vit_mnist .99.
 
 It must not fire where the tensor in between is read by others, or where sizes are not known to agree.
 """

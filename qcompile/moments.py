@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from qcompile.errors import DataError
 from qcompile.graph import Node
 
 Array = npt.NDArray[Any]
@@ -23,6 +24,39 @@ def input_covariance(node: Node, weight_shape: tuple[int, ...], arrays: Iterable
     arrays: the node's input for each of `count` samples. K runs as the kernel does: (kh, kw, channel of the group). At most
     about 8 K rows are used in all, at positions drawn with `seed`.
     """
+    total: Array = np.zeros(())
+    mean, rows = np.zeros(()), 0
+    for part in _sampled(node, weight_shape, arrays, count, seed):
+        # float32 products and float64 sums lose nothing that matters beside the damping.
+        total = total + np.matmul(np.swapaxes(part, 1, 2), part).astype(np.float64)
+        mean = mean + part.sum(axis=1, dtype=np.float64)
+        rows += part.shape[1]
+    if rows == 0:
+        raise DataError(f"node '{node.label}': no sample reaches it; give at least one with --data")
+    mean = mean / rows
+    return total / rows - mean[:, :, None] * mean[:, None, :]
+
+
+def input_variance(node: Node, weight_shape: tuple[int, ...], arrays: Iterable[Array], count: int, seed: int = 0) -> Array:
+    """The diagonal of `input_covariance`, [groups, K], at a small part of its cost."""
+    total: Array = np.zeros(())
+    mean, rows = np.zeros(()), 0
+    for part in _sampled(node, weight_shape, arrays, count, seed):
+        total = total + np.square(part).sum(axis=1, dtype=np.float64)
+        mean = mean + part.sum(axis=1, dtype=np.float64)
+        rows += part.shape[1]
+    if rows == 0:
+        raise DataError(f"node '{node.label}': no sample reaches it; give at least one with --data")
+    return np.maximum(total / rows - np.square(mean / rows), 0.0)
+
+
+def _sampled(
+    node: Node, weight_shape: tuple[int, ...], arrays: Iterable[Array], count: int, seed: int
+) -> Iterator[npt.NDArray[np.float32]]:
+    """[groups, rows, K] of each sample, shifted near the mean of the first.
+
+    Large means would cancel otherwise, and leave noise of either sign where there is no variance.
+    """
     if node.op == "Gemm":
         width, groups = weight_shape[1] if node.attr("transB", 0) else weight_shape[0], 1
     else:
@@ -30,7 +64,6 @@ def input_covariance(node: Node, weight_shape: tuple[int, ...], arrays: Iterable
         width = int(np.prod(weight_shape[1:]))
     wanted = max(1, min(max(_ROWS_PER_COLUMN * width, _LEAST_ROWS), _MOST_ROWS) // max(count, 1))
     random = np.random.default_rng(seed)
-    total, mean, rows = np.zeros((groups, width, width)), np.zeros((groups, width)), 0
     shift: Array | None = None
     for array in arrays:
         part = (
@@ -38,15 +71,8 @@ def input_covariance(node: Node, weight_shape: tuple[int, ...], arrays: Iterable
             if node.op == "Gemm"
             else _patches(node, weight_shape, array, groups, wanted, random)
         )
-        # Near the mean of the first sample, so that no large means cancel: those would leave noise of either sign where there
-        # is no variance. Then float32 products and float64 sums lose nothing that matters beside the damping.
         shift = part.mean(axis=1, dtype=np.float64, keepdims=True).astype(np.float32) if shift is None else shift
-        part = part - shift
-        total += np.matmul(np.swapaxes(part, 1, 2), part)
-        mean += part.sum(axis=1, dtype=np.float64)
-        rows += part.shape[1]
-    mean /= max(rows, 1)
-    return total / max(rows, 1) - mean[:, :, None] * mean[:, None, :]
+        yield part - shift
 
 
 def _rows(array: Array, width: int, wanted: int, random: np.random.Generator) -> Array:

@@ -18,7 +18,7 @@ from qcompile.convert import lower_opset
 from qcompile.data import Dataset, load_dataset
 from qcompile.errors import DataError, InputError, LimitError, PassError, QcompileError
 from qcompile.graph import Graph
-from qcompile.graph_io import load_proto, write_model
+from qcompile.graph_io import clear_invented_dims, load_proto, write_model
 from qcompile.integer_inputs import take_integers
 from qcompile.load import Loaded, load_model
 from qcompile.made_up import make_up
@@ -115,6 +115,7 @@ def compile_model(
         take_integers(loaded.graph)
     if opset is not None:
         lower_opset(loaded.graph, opset)
+    clear_invented_dims(loaded.graph)
     _stamp(loaded, settings)
     loaded.graph.save(path)
     try:

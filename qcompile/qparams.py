@@ -121,7 +121,9 @@ def quantise_weight(
     top: int = WEIGHT_MAX,
     activation_top: int = 255,
 ) -> QuantisedWeight:
-    """Choose each channel's scale by squared error (weighted by `importance` [K]), on the dyadic grid where a rescale follows.
+    """Choose each channel's scale by squared error, on the dyadic grid where a rescale follows.
+
+    importance: [channels, K] weights of the squared errors, all alike where None.
 
     weight: [channels, K] float. `top` is the largest magnitude (127; 7 for 4 bits). The accumulator of every channel is kept
     inside int32: |bias|/(Sx*Sw) + activation_top * sum|q| < 2^31, by widening the scale of near-dead channels.
@@ -141,7 +143,14 @@ def quantise_weight(
         least = _least_scale(matrix, own_bias, float(input_scale), activation_top)
         try:
             values[part], scales[part], numerators[part] = _choose(
-                matrix, input_scale, output_scale, least, pair_rule, candidates, importance, top
+                matrix,
+                input_scale,
+                output_scale,
+                least,
+                pair_rule,
+                candidates,
+                None if importance is None else importance[part],
+                top,
             )
         except _NoScale as missing:
             raise ValueError(
@@ -193,7 +202,7 @@ def _choose(
         q = round_pairs(target, top=top) if pair_rule else np.clip(np.rint(target), -top, top)
         difference = (target - q) * scale[rows, None]
         error = (
-            np.einsum("ck,ck,k->c", difference, difference, importance)
+            np.einsum("ck,ck,ck->c", difference, difference, importance[rows])
             if importance is not None
             else np.einsum("ck,ck->c", difference, difference)
         )

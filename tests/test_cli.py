@@ -182,7 +182,6 @@ def test_a_subcommands_name_wins_over_a_file(command: Command, pipeline: FakePip
     ("args", "said"),
     [
         pytest.param([], "no model is given", id="nothing"),
-        pytest.param(["--bits", "4", "m.onnx"], "4 is not implemented in this version; choose 8", id="4 bits"),
         pytest.param(["m.onnx", "--bits", "mixed"], "mixed is not implemented in this version", id="mixed bits"),
         pytest.param(["m.onnx", "--bits", "7"], "'--bits'", id="7 bits"),
         pytest.param(["m.onnx", "--format", "integer"], "integer is not implemented", id="integer format"),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 from core_models import floats, model
 
+from qcompile.errors import DataError
 from qcompile.graph import Array, Graph, Node
-from qcompile.moments import conv_pads, input_covariance
+from qcompile.moments import conv_pads, input_covariance, input_variance
 from qcompile.runtime import Session
 
 
@@ -138,5 +141,16 @@ def test_rows_are_bounded_and_drawn_by_seed() -> None:
     np.testing.assert_allclose(first[0], np.eye(5), atol=0.1)
 
 
-def test_no_sample_gives_zeros() -> None:
-    np.testing.assert_array_equal(input_covariance(gemm(True), (3, 5), [], 0), np.zeros((1, 5, 5)))
+@pytest.mark.parametrize("moment", [input_covariance, input_variance], ids=["covariance", "variance"])
+def test_no_sample_is_refused(moment: Callable[..., Array]) -> None:
+    with pytest.raises(DataError, match="no sample reaches it"):
+        moment(gemm(True), (3, 5), [], 0)
+
+
+def test_the_variance_is_the_diagonal_of_the_covariance() -> None:
+    rows = [np.random.default_rng(7).normal(loc=40, size=(7, 5)) * np.arange(5) for _ in range(3)]
+    covariance = input_covariance(gemm(True), (3, 5), rows, 3)
+    variance = input_variance(gemm(True), (3, 5), rows, 3)
+    expected = np.concatenate(rows).var(axis=0)
+    np.testing.assert_allclose(variance[0], expected, rtol=1e-5, atol=1e-9)
+    np.testing.assert_allclose(np.diag(covariance[0]), expected, rtol=1e-5, atol=1e-9)

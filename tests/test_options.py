@@ -13,7 +13,8 @@ from qcompile.errors import InputError
 from qcompile.options import CHOICES, check_settings, output_path
 
 BAD = [
-    pytest.param({"bits": 4}, r"--bits 4: only 8", id="bits"),
+    pytest.param({"bits": 5}, r"--bits 5: this version", id="bits"),
+    pytest.param({"bits": 4, "opset": 17}, r"--bits 4 --opset 17", id="bits and opset"),
     pytest.param({"format": "tflite"}, r"--format tflite: choose one of qdq", id="format"),
     pytest.param({"target": "gpu"}, r"--target gpu: choose one of any", id="target"),
     pytest.param({"ranges": "kl"}, r"--ranges kl: choose one of mse", id="ranges"),

@@ -229,7 +229,7 @@ def test_importance_moves_the_error_to_where_it_matters_less() -> None:
     rng = np.random.default_rng(2)
     weight = rng.normal(size=(8, 32))
     weight[:, 0] *= 8
-    importance = np.where(np.arange(32) == 0, 1e-6, 1.0)
+    importance = np.tile(np.where(np.arange(32) == 0, 1e-6, 1.0), (8, 1))
     plain = quantise_weight(weight, np.float32(0.02), None, pair_rule=False)
     weighted = quantise_weight(weight, np.float32(0.02), None, pair_rule=False, importance=importance)
 
