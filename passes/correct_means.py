@@ -54,7 +54,12 @@ def _means(synthetic: list[tuple[Array, int]], known: Expected | None) -> list[t
     if known is None:
         return synthetic
     mean = known.statistics.mean
-    return [(np.broadcast_to(mean.reshape(1, -1, *[1] * (m.ndim - 2)), m.shape), count) for m, count in synthetic]
+    means = []
+    for synthesised, count in synthetic:
+        # Channels that pad_channels added behind the statistics' own hold zeros.
+        full = np.pad(mean.reshape(-1), (0, max(0, synthesised.shape[1] - mean.size)))
+        means.append((np.broadcast_to(full.reshape(1, -1, *[1] * (synthesised.ndim - 2)), synthesised.shape), count))
+    return means
 
 
 def _correct(site: LinearSite, original: Node, means: list[tuple[Array, int]]) -> bool:

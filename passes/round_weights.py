@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from onnx import TensorProto
 
 from qcompile.context import Context
 from qcompile.errors import PassError
@@ -106,12 +107,21 @@ def _round(graph: Graph, context: Context, site: LinearSite, importance: Array |
     site.stored = replace_weight(graph, node, integers, result.scale, site.axis)
 
 
+def _zeros(graph: Graph, channels: int) -> Const:
+    """The zero point of `channels` channels, one constant for all weights of that width."""
+    name = f"weight_zero_point_{channels}"
+    found = graph.constants.get(name)
+    if found is not None and found.elem_type == TensorProto.INT8 and found.dims == (channels,) and not found.array().any():
+        return found
+    return graph.constant(name, np.zeros(channels, np.int8))
+
+
 def replace_weight(graph: Graph, node: Node, integers: Array, scale: Array, axis: int) -> Const:
     """Let `node` read its weights through a DequantizeLinear with one scale a channel; returns the stored integers."""
     name = node.inputs[1].name
     stored = graph.constant(name + "_int8", np.ascontiguousarray(integers.astype(np.int8)))
     factor = graph.constant(name + "_scale", scale.astype(np.float32))
-    zero = graph.constant(name + "_zero_point", np.zeros(scale.shape, np.int8))
+    zero = _zeros(graph, scale.size)
     dequantise = graph.node(
         "DequantizeLinear", [stored, factor, zero], [name + "_dequantized"], name=node.label + "_weight_dq", axis=axis
     )

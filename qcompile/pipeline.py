@@ -18,10 +18,11 @@ from qcompile.convert import lower_opset
 from qcompile.data import Dataset, load_dataset
 from qcompile.errors import DataError, InputError, LimitError, PassError, QcompileError
 from qcompile.graph import Graph
-from qcompile.graph_io import clear_invented_dims, load_proto, write_model
+from qcompile.graph_io import forget_inner_types, load_proto, write_model
 from qcompile.integer_inputs import take_integers
 from qcompile.load import Loaded, load_model
 from qcompile.made_up import make_up
+from qcompile.names import names_of, shorten_names
 from qcompile.options import check_settings, output_path
 from qcompile.passes import passes_for
 from qcompile.promises import Verifier
@@ -103,6 +104,7 @@ def compile_model(
     source = Path(model)
     path = output_path(source, output, bits)
     loaded = load_model(source)
+    known = names_of(loaded.graph)
     given = _open_data(loaded.graph, data, eval_data, samples, preprocess, settings)
     if max_drop is not None and given.evaluation is not None and not given.evaluation.has_labels:
         raise DataError("--max-drop compares with the true answers; give --eval data with labels")
@@ -115,7 +117,8 @@ def compile_model(
         take_integers(loaded.graph)
     if opset is not None:
         lower_opset(loaded.graph, opset)
-    clear_invented_dims(loaded.graph)
+    forget_inner_types(loaded.graph)
+    shorten_names(loaded.graph, known)
     _stamp(loaded, settings)
     loaded.graph.save(path)
     try:
