@@ -143,8 +143,8 @@ class _Placer:
 
     def _derive(self, tensor: Tensor) -> bool:
         node = tensor.producer
-        if node is None:  # an input: integers where a linear node reads it anyway, or where the user feeds integers
-            return tensor in self.result.quantised or self.settings.inputs_as != "float32"
+        if node is None:  # an input can be quantised before it is moved or padded
+            return tensor.elem_type == TensorProto.FLOAT
         if self.settings.excluded(node.name) or tensor.elem_type not in (TensorProto.FLOAT, TensorProto.UNDEFINED):
             return False
         if node in self._linears:
