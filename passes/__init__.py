@@ -21,6 +21,7 @@ from qcompile.passes.patch_to_gemm import PatchToGemm
 from qcompile.passes.pool_to_conv import PoolToConv
 from qcompile.passes.quantise import Quantise
 from qcompile.passes.quantise_dynamic import QuantiseDynamic
+from qcompile.passes.quantise_embeddings import QuantiseEmbeddings
 from qcompile.passes.record_bn import RecordBatchNorm
 from qcompile.passes.refine_layers import RefineLayers
 from qcompile.passes.round_weights import RoundWeights
@@ -56,6 +57,7 @@ PASSES: tuple[Pass, ...] = (
     ExpectRanges(),
     Smooth(),
     Quantise(),
+    QuantiseEmbeddings(),
     SearchRanges(),
     DyadicScales(),
     RoundWeights(),
@@ -68,7 +70,12 @@ PASSES: tuple[Pass, ...] = (
 )
 
 _CANONICAL = (FoldConstants, SumToAdd, SimplifyShapes, Eliminate, FuseGelu, FuseLinear, FoldBatchNorm)
-_DYNAMIC: tuple[Pass, ...] = (*(p for p in PASSES if isinstance(p, _CANONICAL)), QuantiseDynamic(), SumResiduals())
+_DYNAMIC: tuple[Pass, ...] = (
+    *(p for p in PASSES if isinstance(p, _CANONICAL)),
+    QuantiseDynamic(),
+    QuantiseEmbeddings(),
+    SumResiduals(),
+)
 _WITHOUT_DATA = (RecordBatchNorm, ExpectRanges, CorrectMeans)
 _WITH_DATA = (SearchRanges, RefineLayers)
 

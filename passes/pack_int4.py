@@ -21,7 +21,7 @@ from qcompile.rewrite import Exact, Promise, Report
 
 @dataclass(frozen=True)
 class PackInt4:
-    """Pack the weights of every integer linear node; fires for `--bits 4` only."""
+    """Pack the weights of integer linear nodes and embedding tables; fires for `--bits 4` only."""
 
     name: str = "pack_int4"
     keeps: Promise = field(default_factory=lambda: Exact(fused=True))
@@ -32,7 +32,9 @@ class PackInt4:
         if context.plan is None or context.settings.bits != 4:
             return report
         wanted = {site.stored.name for site in context.plan.linears if site.stored is not None}
-        for const in [c for c in graph.constants.values() if c.name in wanted and c.elem_type == TensorProto.INT8]:
+        for const in [c for c in graph.constants.values() if c.elem_type == TensorProto.INT8]:
+            if const.name not in wanted and not _is_table(const):
+                continue
             values = const.array()
             if values.min(initial=0) < -8 or values.max(initial=0) > 7:
                 report.refuse(const.name, "a weight needs more than 4 bits")
@@ -43,6 +45,11 @@ class PackInt4:
             graph.cleanup()
             graph.sort()
         return report
+
+
+def _is_table(const: Const) -> bool:
+    """Whether it is an embedding table, which only Gather reads."""
+    return len(const.dims) == 2 and all(n.op == "Gather" and n.inputs[0] is const for n in const.consumers)
 
 
 def _pack(graph: Graph, const: Const, values: npt.NDArray[np.int8]) -> None:

@@ -26,7 +26,7 @@ from qcompile.context import Context, Settings
 from qcompile.graph import Array, Graph, Value
 from qcompile.interpret import Interpreter
 from qcompile.load import load_model
-from qcompile.passes import PASSES, passes_for
+from qcompile.passes import passes_for
 from qcompile.passes.lower_qoperator import LowerQOperator
 from qcompile.pipeline import compile_model
 from qcompile.ranges import Observer
@@ -410,7 +410,6 @@ def test_digits_vit_with_float_nodes_between() -> None:
             np.testing.assert_array_equal(lowered.run(feed)[name], value)
 
 
-@pytest.mark.skipif(not any(isinstance(p, LowerQOperator) for p in PASSES), reason="lower_qoperator is not in the registry")
 def test_written_files_of_both_formats(tmp_path: Path) -> None:
     _, inputs = digits()
     files = {}
