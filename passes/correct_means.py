@@ -16,6 +16,7 @@ from qcompile.context import Context
 from qcompile.errors import PassError
 from qcompile.expected import Expected, expected_values
 from qcompile.graph import Array, Const, Graph, Node, Value
+from qcompile.passes.integer_bias import check_accumulator
 from qcompile.plan import LinearSite
 from qcompile.rewrite import Lossy, Promise, Report
 from qcompile.walk import Stream, linear_mean, mean_of
@@ -45,7 +46,7 @@ class CorrectMeans:
             source = node.inputs[0]
             assert isinstance(source, Value)
             means = _means(mean_of(stream.values(source)), expected.get(source.name))
-            report.rewrites += _correct(site, node, means)
+            report.rewrites += _correct(site, node, means, context.activations.high - context.activations.low)
         return report
 
 
@@ -62,7 +63,7 @@ def _means(synthetic: list[tuple[Array, int]], known: Expected | None) -> list[t
     return means
 
 
-def _correct(site: LinearSite, original: Node, means: list[tuple[Array, int]]) -> bool:
+def _correct(site: LinearSite, original: Node, means: list[tuple[Array, int]], span: int) -> bool:
     weight = original.constant(1)
     assert weight is not None and site.weight_scale is not None
     values = weight.array()
@@ -73,9 +74,7 @@ def _correct(site: LinearSite, original: Node, means: list[tuple[Array, int]]) -
     shift = np.rint(linear_mean(original, values - rounded, means) / step).astype(np.int64)
     bias = _stored(site.node, 2)
     corrected = bias.array().astype(np.int64) + shift
-    if (np.abs(corrected) >= 2**30).any():  # the weights' scales left half of int32 to the products
-        label = site.node.label
-        raise PassError(f"node '{label}': the corrected bias leaves int32; leave it float with --exclude '{label}'")
+    check_accumulator(site, corrected, span)
     bias.assign(corrected.astype(np.int32))
     return bool(shift.any())
 

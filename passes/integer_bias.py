@@ -13,8 +13,26 @@ import numpy as np
 
 from qcompile.context import Context
 from qcompile.errors import PassError
-from qcompile.graph import Graph
+from qcompile.graph import Array, Graph
+from qcompile.plan import LinearSite
 from qcompile.rewrite import Lossy, Promise, Report
+
+
+def check_accumulator(site: LinearSite, bias: Array, span: int) -> None:
+    """Raise PassError, naming node and channel, unless |bias| + span * sum|w| < 2^31 for every channel of `site`.
+
+    span: the largest magnitude of an activation minus its zero point (255); bias: integers, of any type, [channels].
+    """
+    assert site.stored is not None
+    weights = site.stored.array().astype(np.int64)
+    axes = tuple(a for a in range(weights.ndim) if a != site.axis)
+    reach = span * np.abs(weights).sum(axis=axes) + np.abs(bias)
+    if (reach >= 2**31).any():
+        label = site.node.label
+        raise PassError(
+            f"node '{label}', channel {int(np.argmax(reach))}: the int32 accumulator could overflow; "
+            f"leave it float with --exclude '{label}'"
+        )
 
 
 @dataclass(frozen=True)
@@ -36,18 +54,7 @@ class IntegerBias:
                 continue
             scale = np.float32(site.source.scale) * site.weight_scale
             integers = np.rint(bias.array().astype(np.float64) / scale.astype(np.float64))
-            producer = site.node.inputs[1].producer
-            assert producer is not None
-            weights = producer.constant(0)
-            assert weights is not None
-            axes = tuple(a for a in range(len(weights.dims)) if a != site.axis)
-            reach = span * np.abs(weights.array().astype(np.int64)).sum(axis=axes) + np.abs(integers)
-            if (reach >= 2**31).any():
-                channel = int(np.argmax(reach))
-                raise PassError(
-                    f"node '{site.node.label}', channel {channel}: the int32 accumulator could overflow; "
-                    f"leave it float with --exclude '{site.node.label}'"
-                )
+            check_accumulator(site, integers, span)
             stored = graph.constant(bias.name + "_int32", integers.astype(np.int32))
             factor = graph.constant(bias.name + "_scale", scale)
             node = graph.node(

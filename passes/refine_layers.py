@@ -18,6 +18,7 @@ from qcompile.context import Context
 from qcompile.errors import PassError
 from qcompile.graph import Const, Graph, Node, Value
 from qcompile.moments import input_covariance
+from qcompile.passes.integer_bias import check_accumulator
 from qcompile.passes.round_weights import weight_matrix, weight_tensor
 from qcompile.plan import LinearSite
 from qcompile.rewrite import Lossy, Promise, Report
@@ -53,7 +54,7 @@ class RefineLayers:
         for site in plan.linears:
             if context.progress is not None:
                 context.progress("refining layers")
-            layer = _Layer(site, by_name[site.node.name], integer_world)
+            layer = _Layer(site, by_name[site.node.name], integer_world, context)
             moved = False
             if learn and layer.width > _WIDEST:
                 report.refuse(site.node.label, "reduction too wide for a second moment in memory: rounded to nearest")
@@ -68,8 +69,9 @@ class RefineLayers:
 class _Layer:
     """One linear node, its float original, and the quantised values that it reads (one array a sample)."""
 
-    def __init__(self, site: LinearSite, original: Node, integer_world: Stream) -> None:
+    def __init__(self, site: LinearSite, original: Node, integer_world: Stream, context: Context) -> None:
         self.site = site
+        self.span = context.activations.high - context.activations.low
         self.original = original
         weight, reader = original.constant(1), site.node.inputs[0].producer
         assert weight is not None and reader is not None and site.weight_scale is not None
@@ -128,9 +130,7 @@ class _Layer:
         shift = np.rint((wanted - reached) / step).astype(np.int64)
         bias = _integers(site.node, 2)
         corrected = bias.array().astype(np.int64) + shift
-        if (np.abs(corrected) >= 2**30).any():  # the weights' scales left half of int32 to the products
-            label = site.node.label
-            raise PassError(f"node '{label}': the corrected bias leaves int32; leave it float with --exclude '{label}'")
+        check_accumulator(site, corrected, self.span)
         bias.assign(corrected.astype(np.int32))
         return bool(shift.any())
 

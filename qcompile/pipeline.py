@@ -59,9 +59,9 @@ def compile_model(
     bits: int = 8,
     format: str = "qdq",
     target: str = "any",
-    data: str | Dataset | None = None,
+    data: str | Path | Dataset | None = None,
     samples: int | None = None,
-    eval_data: str | Dataset | None = None,
+    eval_data: str | Path | Dataset | None = None,
     max_drop: float | None = None,
     ranges: str = "mse",
     effort: str = "default",
@@ -146,8 +146,8 @@ def _discard(path: Path) -> None:
 
 def _open_data(
     graph: Graph,
-    data: str | Dataset | None,
-    eval_data: str | Dataset | None,
+    data: str | Path | Dataset | None,
+    eval_data: str | Path | Dataset | None,
     samples: int | None,
     preprocess: str | None,
     settings: Settings,
@@ -155,9 +155,9 @@ def _open_data(
     """Datasets and warnings. Without `data` the calibration is made up; it never comes from `eval_data`."""
     inputs = model_inputs(write_model(graph, constants=False))
 
-    def opened(spec: str | Dataset | None, count: int | None) -> Dataset | None:
-        if isinstance(spec, str):
-            return load_dataset(spec, inputs, preprocess=preprocess, samples=count, seed=settings.seed)
+    def opened(spec: str | Path | Dataset | None, count: int | None) -> Dataset | None:
+        if isinstance(spec, str | Path):
+            return load_dataset(str(spec), inputs, preprocess=preprocess, samples=count, seed=settings.seed)
         return spec
 
     calibration, evaluation = opened(data, samples), opened(eval_data, None)

@@ -146,8 +146,8 @@ def test_a_bias_that_leaves_int32_is_named() -> None:
     site = context.plan.linears[1]
     bias = site.node.inputs[2].producer.constant(0)  # type: ignore[union-attr]
     assert bias is not None
-    bias.assign(np.full(8, 2**30 + 2**29, np.int32))
-    with pytest.raises(PassError, match=r"node 'conv_2': the corrected bias leaves int32; .*--exclude 'conv_2'"):
+    bias.assign(np.full(8, 2**31 - 2**10, np.int32))
+    with pytest.raises(PassError, match=r"node 'conv_2', channel \d: the int32 accumulator could overflow; .*--exclude 'conv_2'"):
         RefineLayers().run(graph, context)
 
 
