@@ -53,13 +53,13 @@ class Verifier:
     def __init__(self, graph: Graph, feeds: Sequence[Feeds]) -> None:
         self.feeds = list(feeds)
         self.signature = Signature.of(graph)
-        self._plain: Outputs | None = None
+        self._plain: dict[bool, Outputs] = {}  # of the present model, by `Exact.fused`; idle passes share them
         self._fast = self._run(graph, Optimisation.ALL, finished=False)
-        self._unfinished = False
 
     def before(self, graph: Graph, step: Pass) -> None:
-        """Remember what an Exact pass needs: the outputs without onnxruntime's own optimisation."""
-        self._plain = self._exact_run(graph, step) if isinstance(step.keeps, Exact) else None
+        """Remember what an Exact pass needs: the outputs in the form in which it keeps every bit."""
+        if isinstance(step.keeps, Exact) and step.keeps.fused not in self._plain:
+            self._plain[step.keeps.fused] = self._exact_run(graph, step.keeps.fused, step)
 
     def after(self, graph: Graph, step: Pass, finished: bool) -> float | None:
         """Check the promise of `step`; returns the SQNR in dB against the model before it (None: no difference).
@@ -71,8 +71,11 @@ class Verifier:
             raise PassError(f"pass '{step.name}' changed the model's inputs or outputs; please report this model")
         now = self._run(graph, Optimisation.ALL, finished, step)
         _compare_kinds(self._fast, now, step)
-        if isinstance(step.keeps, Exact) and self._plain is not None:
-            _compare_exact(self._plain, self._exact_run(graph, step), step, 0.0 if step.keeps.fused else _KERNEL_CHOICE)
+        before, self._plain = self._plain, {}
+        if isinstance(step.keeps, Exact):
+            fused = step.keeps.fused
+            self._plain[fused] = self._exact_run(graph, fused, step)
+            _compare_exact(before[fused], self._plain[fused], step, 0.0 if fused else _KERNEL_CHOICE)
         elif isinstance(step.keeps, Close):
             _compare_close(self._fast, now, step.keeps.rtol, step)
         ratio = sqnr_db(self._fast, now)
@@ -84,8 +87,7 @@ class Verifier:
         self._fast = now
         return ratio
 
-    def _exact_run(self, graph: Graph, step: Pass) -> Outputs:
-        fused = isinstance(step.keeps, Exact) and step.keeps.fused
+    def _exact_run(self, graph: Graph, fused: bool, step: Pass) -> Outputs:
         return self._run(graph, Optimisation.ALL if fused else Optimisation.OFF, fused, step)
 
     def _run(self, graph: Graph, level: Optimisation, finished: bool, step: Pass | None = None) -> Outputs:
