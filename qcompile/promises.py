@@ -17,6 +17,7 @@ from qcompile.runtime import Array, Feeds, Optimisation
 from qcompile.sessions import graph_session
 
 _KERNEL_CHOICE = 2e-6
+_VISIBLE = 1e-5  # of a tensor's size: what marks the place of a broken promise, above float32 noise
 
 Outputs = list[dict[str, Array]]
 
@@ -54,12 +55,15 @@ class Verifier:
         self.feeds = list(feeds)
         self.signature = Signature.of(graph)
         self._plain: dict[bool, Outputs] = {}  # of the present model, by `Exact.fused`; idle passes share them
+        self._copy: Graph | None = None  # the present model, for finding where a promise broke
         self._fast = self._run(graph, Optimisation.ALL, finished=False)
 
     def before(self, graph: Graph, step: Pass) -> None:
         """Remember what an Exact pass needs: the outputs in the form in which it keeps every bit."""
         if isinstance(step.keeps, Exact) and step.keeps.fused not in self._plain:
             self._plain[step.keeps.fused] = self._exact_run(graph, step.keeps.fused, step)
+        if self._copy is None:
+            self._copy = graph.copy()
 
     def after(self, graph: Graph, step: Pass, finished: bool) -> float | None:
         """Check the promise of `step`; returns the SQNR in dB against the model before it (None: no difference).
@@ -72,12 +76,17 @@ class Verifier:
         now = self._run(graph, Optimisation.ALL, finished, step)
         _compare_kinds(self._fast, now, step)
         before, self._plain = self._plain, {}
-        if isinstance(step.keeps, Exact):
-            fused = step.keeps.fused
-            self._plain[fused] = self._exact_run(graph, fused, step)
-            _compare_exact(before[fused], self._plain[fused], step, 0.0 if fused else _KERNEL_CHOICE)
-        elif isinstance(step.keeps, Close):
-            _compare_close(self._fast, now, step.keeps.rtol, step)
+        try:
+            if isinstance(step.keeps, Exact):
+                fused = step.keeps.fused
+                self._plain[fused] = self._exact_run(graph, fused, step)
+                _compare_exact(before[fused], self._plain[fused], step, 0.0 if fused else _KERNEL_CHOICE)
+            elif isinstance(step.keeps, Close):
+                _compare_close(self._fast, now, step.keeps.rtol, step)
+        except PassError as error:
+            place = self._first_difference(graph)
+            raise PassError(f"{error}; it shows first at node '{place}'" if place is not None else str(error)) from error
+        self._copy = None
         ratio = sqnr_db(self._fast, now)
         if not isinstance(step.keeps, Exact | Close) and ratio is not None and not ratio > step.keeps.least_sqnr_db:
             raise PassError(
@@ -86,6 +95,27 @@ class Verifier:
             )
         self._fast = now
         return ratio
+
+    def _first_difference(self, graph: Graph) -> str | None:
+        """The first node, in graph order, whose output differs from that of its name before the pass; None where none does."""
+        assert self._copy is not None
+        results = []
+        names = {v.name for v in self._copy.values()} & {v.name for v in graph.values()}
+        for model in (self._copy, graph.copy()):
+            present = {o.name for o in model.outputs}
+            model.outputs += [v for v in model.values() if v.name in names - present and v.producer is not None]
+            results.append(graph_session(model, optimisation=Optimisation.OFF, fuse_qdq=False).run(self.feeds[0]))
+        old, new = results
+        for node in graph.nodes:
+            for value in node.outputs:
+                a, b = old.get(value.name), new.get(value.name)
+                if a is None or b is None or a.dtype.kind != "f":
+                    continue
+                if a.shape != b.shape or not np.allclose(
+                    a, b, rtol=0, atol=_VISIBLE * float(np.abs(a).max(initial=0.0)), equal_nan=True
+                ):
+                    return node.label
+        return None
 
     def _exact_run(self, graph: Graph, fused: bool, step: Pass) -> Outputs:
         return self._run(graph, Optimisation.ALL if fused else Optimisation.OFF, fused, step)

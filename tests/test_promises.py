@@ -230,3 +230,25 @@ def test_the_pipeline_leaves_no_file(rewrite: Rewrite, message: str, tmp_path: P
         compile_model(path, latency=False)
     assert message in str(caught.value)
     assert [f.name for f in tmp_path.iterdir()] == ["float.onnx"]
+
+
+def scale_hidden(graph: Graph) -> int:
+    constant = next(c for c in graph.constants.values() if c.name == "w")
+    if constant.array()[0, 0] == 7:
+        return 0
+    values = constant.array().copy()
+    values[0, 0] = 7
+    constant.assign(values)
+    return 1
+
+
+@pytest.mark.parametrize("keeps", [Exact(), Close()], ids=["exact", "close"])
+def test_the_node_where_a_promise_broke_is_named(keeps: Promise) -> None:
+    graph = Graph.from_proto(source())
+    wanted = next(n for n in graph.nodes if n.op == "MatMul").label
+    verifier, step = Verifier(graph, [{"x": floats(2, 4)}]), Fake(scale_hidden, keeps)
+    verifier.before(graph, step)
+    step.run(graph, Context())
+    with pytest.raises(PassError, match=r"fake_pass") as caught:
+        verifier.after(graph, step, finished=False)
+    assert str(caught.value).endswith(f"it shows first at node '{wanted}'")
