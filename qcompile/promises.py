@@ -12,7 +12,7 @@ from onnx import TensorProto
 from qcompile.errors import ModelError, PassError
 from qcompile.graph import Graph
 from qcompile.graph_io import write_model
-from qcompile.rewrite import Close, Exact, Pass
+from qcompile.rewrite import Close, Exact, Lossy, Pass
 from qcompile.runtime import Array, Feeds, Optimisation
 from qcompile.sessions import graph_session
 
@@ -57,6 +57,7 @@ class Verifier:
         self._plain: dict[bool, Outputs] = {}  # of the present model, by `Exact.fused`; idle passes share them
         self._copy: Graph | None = None  # the present model, for finding where a promise broke
         self._fast = self._run(graph, Optimisation.ALL, finished=False)
+        self._original = self._fast
 
     def before(self, graph: Graph, step: Pass) -> None:
         """Remember what an Exact pass needs: the outputs in the form in which it keeps every bit."""
@@ -88,9 +89,10 @@ class Verifier:
             raise PassError(f"{error}; it shows first at node '{place}'" if place is not None else str(error)) from error
         self._copy = None
         ratio = sqnr_db(self._fast, now)
-        if not isinstance(step.keeps, Exact | Close) and ratio is not None and not ratio > step.keeps.least_sqnr_db:
+        kept = sqnr_db(self._original, now) if isinstance(step.keeps, Lossy) else None
+        if isinstance(step.keeps, Lossy) and kept is not None and not kept > step.keeps.least_sqnr_db:
             raise PassError(
-                f"pass '{step.name}' left {ratio:.1f} dB of the signal, less than {step.keeps.least_sqnr_db} dB; "
+                f"pass '{step.name}' left {kept:.1f} dB of the float model's signal, less than {step.keeps.least_sqnr_db:g} dB; "
                 "give representative --data, or keep the worst nodes float with --exclude"
             )
         self._fast = now

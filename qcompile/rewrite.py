@@ -30,7 +30,7 @@ class Close:
 
 @dataclass(frozen=True)
 class Lossy:
-    """Quantisation: the output SQNR against the model before is reported; it must be finite and above `least_sqnr_db`."""
+    """Quantisation: the SQNR against the model before is reported; against the float model it must exceed `least_sqnr_db`."""
 
     least_sqnr_db: float = 0.0
 
