@@ -30,7 +30,6 @@ class Settings:
     exclude: tuple[str, ...] = ()
     bias_correction: bool = True
     inputs_as: str = "float32"
-    keep_head: str = "float"
     opset: int | None = None
     seed: int = 0
 

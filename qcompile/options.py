@@ -14,7 +14,6 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "ranges": ("mse", "minmax", "percentile"),
     "effort": ("fast", "default"),
     "inputs_as": ("float32", "uint8"),
-    "keep_head": ("float",),
 }
 
 

@@ -70,7 +70,6 @@ def compile_model(
     inputs_as: str = "float32",
     preprocess: str | None = None,
     bias_correction: bool = True,
-    keep_head: str = "float",
     seed: int = 0,
     dump_passes: str | Path | None = None,
     latency: bool = True,
@@ -97,7 +96,6 @@ def compile_model(
         bias_correction=bias_correction,
         inputs_as=inputs_as,
         opset=opset,
-        keep_head=keep_head,
         seed=seed,
     )
     check_settings(settings, max_drop, eval_data is not None)

@@ -20,7 +20,6 @@ BAD = [
     pytest.param({"ranges": "kl"}, r"--ranges kl: choose one of mse", id="ranges"),
     pytest.param({"effort": "heroic"}, r"--effort heroic: choose one of fast", id="effort"),
     pytest.param({"inputs_as": "int4"}, r"--inputs-as int4: choose one of float32", id="inputs-as"),
-    pytest.param({"keep_head": "no"}, r"--keep-head no: choose one of float", id="keep-head"),
     pytest.param({"format": "qoperator", "target": "arm"}, r"--format qoperator --target arm: .*use --format qdq", id="arm"),
     pytest.param({"format": "qoperator", "target": "tensorrt"}, r"--format qoperator --target tensorrt", id="tensorrt"),
 ]
