@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from qcompile.context import Settings
 from qcompile.passes.calibrate import Calibrate
 from qcompile.passes.correct_means import CorrectMeans
 from qcompile.passes.dyadic_scales import DyadicScales
@@ -80,8 +79,8 @@ _WITHOUT_DATA = (RecordBatchNorm, ExpectRanges, CorrectMeans)
 _WITH_DATA = (SearchRanges, RefineLayers)
 
 
-def passes_for(settings: Settings, data: str = "real") -> tuple[Pass, ...]:
-    """The passes that a compilation with `settings` runs, in order; `data`: real | synthetic | dynamic (none needed)."""
+def passes_for(data: str = "real") -> tuple[Pass, ...]:
+    """The passes that a compilation runs, in order; `data`: real | synthetic | dynamic (none needed)."""
     if data == "dynamic":
         return _DYNAMIC
     idle = _WITHOUT_DATA if data == "real" else _WITH_DATA

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from qcompile.graph import Array, Const, Graph, Node, Tensor
+from qcompile.rewrite import Report
 
 FLOATS = frozenset({1, 10, 11, 16})  # TensorProto FLOAT, FLOAT16, DOUBLE, BFLOAT16
 
@@ -58,6 +59,24 @@ def split_operands(node: Node) -> tuple[Tensor, Const] | None:
     if isinstance(first, Const) and second is not None and not isinstance(second, Const):
         return second, first
     return None
+
+
+def visit(graph: Graph, ops: Sequence[str], rewrite: Callable[[Graph, Node], str | None]) -> Report:
+    """Offer every node of the operators `ops` to `rewrite`, then clean up.
+
+    `rewrite` returns None where it rewrote, an empty text where the node is no candidate, else the reason for leaving it.
+    """
+    report = Report()
+    for node in list(graph.nodes):
+        if not is_op(node, *ops):
+            continue
+        reason = rewrite(graph, node)
+        if reason is None:
+            report.rewrites += 1
+        elif reason:
+            report.refuse(node.label, reason)
+    graph.cleanup()
+    return report
 
 
 def set_type(output: Tensor, elem_type: int, dims: Sequence[int | str | None] | None) -> None:

@@ -26,7 +26,7 @@ from onnx import TensorProto
 
 from qcompile.context import Context
 from qcompile.graph import Graph, Node, Tensor, Value
-from qcompile.passes._match import is_op, scalar_of, single_consumer
+from qcompile.passes._match import is_op, scalar_of, single_consumer, visit
 from qcompile.rewrite import Close, Promise, Report
 
 Polynomial = dict[tuple[int, int], float]  # {(power of x, power of e): coefficient}
@@ -49,18 +49,8 @@ class FuseGelu:
 
     def run(self, graph: Graph, context: Context) -> Report:
         """Rewrites: one a GELU."""
-        report = Report()
         graph.infer_shapes()
-        for node in list(graph.nodes):
-            if not is_op(node, "Erf", "Tanh"):
-                continue
-            reason = _fuse(graph, node)
-            if reason is None:
-                report.rewrites += 1
-            elif reason:
-                report.refuse(node.label, reason)
-        graph.cleanup()
-        return report
+        return visit(graph, ("Erf", "Tanh"), _fuse)
 
 
 def _fuse(graph: Graph, node: Node) -> str | None:

@@ -17,7 +17,7 @@ import numpy as np
 from qcompile.context import Context
 from qcompile.graph import Array, Graph, Node
 from qcompile.passes._linear import absorb, channel_vector, linear_at
-from qcompile.passes._match import is_op, single_consumer, split_operands
+from qcompile.passes._match import is_op, single_consumer, split_operands, visit
 from qcompile.rewrite import Close, Promise, Report
 
 
@@ -31,17 +31,7 @@ class FuseLinear:
     def run(self, graph: Graph, context: Context) -> Report:
         """In topological order, so that a chain of factors is taken in from its start."""
         graph.infer_shapes()
-        report = Report()
-        for node in list(graph.nodes):
-            if not is_op(node, "Add", "Sub", "Mul", "Div"):
-                continue
-            reason = _fuse(graph, node)
-            if reason is None:
-                report.rewrites += 1
-            elif reason:
-                report.refuse(node.label, reason)
-        graph.cleanup()
-        return report
+        return visit(graph, ("Add", "Sub", "Mul", "Div"), _fuse)
 
 
 def _fuse(graph: Graph, node: Node) -> str | None:

@@ -82,7 +82,7 @@ def _measure(plan: Plan, original: Graph, context: Context, samples: int) -> dic
             continue
         if context.progress is not None:
             context.progress("searching ranges")
-        for index in dict.fromkeys(range(2 if node.op == "Add" else 1)):
+        for index in range(2 if node.op == "Add" else 1):
             source = node.inputs[index]
             place = classes.get(source.name)
             if place is None or not isinstance(source, Value) or place.low == place.high:

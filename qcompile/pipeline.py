@@ -191,7 +191,7 @@ def _run_passes(graph: Graph, context: Context, given: _Data, dump: Path | None)
     rows: list[dict[str, Any]] = []
     if dump is not None:
         dump.mkdir(parents=True, exist_ok=True)
-    for index, step in enumerate(passes_for(context.settings, given.kind)):
+    for index, step in enumerate(passes_for(given.kind)):
         row = _run_pass(step, graph, context, verifier)
         rows.append(row)
         if dump is not None:

@@ -101,7 +101,7 @@ def test_no_scale_moves_after_a_weight_was_rounded_on_it(monkeypatch: pytest.Mon
     fixed: dict[str, bytes] = {}
     rounded = False
     checked = 0
-    for step in passes_for(context.settings):
+    for step in passes_for():
         if step.name == "lower_qoperator":
             break  # renames and merges; the scales it writes are those of the graph it is given
         step.run(graph, context)

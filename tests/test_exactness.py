@@ -40,7 +40,7 @@ Ints = npt.NDArray[np.int64]
 
 def both_formats(graph: Graph, context: Context) -> tuple[ModelProto, ModelProto]:
     """The finished Q/DQ model and its quantised-operator form, from one run of the passes."""
-    for step in passes_for(context.settings):
+    for step in passes_for():
         step.run(graph, context)
     qdq = graph.to_proto()
     context.settings = dataclasses.replace(context.settings, format="qoperator")

@@ -12,7 +12,6 @@ import onnx
 import pytest
 from passes_helpers import floats, parse
 
-from qcompile.context import Settings
 from qcompile.data import InputInfo
 from qcompile.errors import DataError, InputError
 from qcompile.passes import passes_for
@@ -119,7 +118,7 @@ def test_the_same_bytes_twice_and_with_eval(tokens: Path, tmp_path: Path) -> Non
 
 
 def test_which_passes_run() -> None:
-    names = {kind: [p.name for p in passes_for(Settings(), kind)] for kind in ("real", "synthetic", "dynamic")}
+    names = {kind: [p.name for p in passes_for(kind)] for kind in ("real", "synthetic", "dynamic")}
     assert not {"record_bn", "expect_ranges", "correct_means", "quantise_dynamic"} & set(names["real"])
     assert not {"search_ranges", "refine_layers", "quantise_dynamic"} & set(names["synthetic"])
     assert names["synthetic"].index("record_bn") < names["synthetic"].index("fold_bn")

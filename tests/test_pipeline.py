@@ -14,7 +14,7 @@ import pytest
 
 import qcompile
 import qcompile.pipeline as pipeline
-from qcompile.context import Context, Settings
+from qcompile.context import Context
 from qcompile.errors import DataError, InputError, LimitError, ModelError
 from qcompile.graph import Graph, Value
 from qcompile.passes import passes_for
@@ -129,7 +129,7 @@ def test_the_result_does_not_depend_on_the_optimisation_level(compiled: Compiled
 def test_every_pass_leaves_its_model_where_asked(small: tuple[str, str], tmp_path: Path) -> None:
     folder = tmp_path / "dump" / "here"
     compile_model(CNN, tmp_path / "a.onnx", data=small[0], effort="fast", dump_passes=folder, latency=False)
-    names = [p.name for p in passes_for(Settings(effort="fast", ranges="minmax"), "real")]
+    names = [p.name for p in passes_for("real")]
     assert listing(folder) == [f"{i:02d}-{name}.onnx" for i, name in enumerate(names)]
     data = np.load(small[0])["input"][:1]
     for file in sorted(folder.iterdir()):
@@ -186,8 +186,8 @@ class Spoil:
         return Report(rewrites=1)
 
 
-def spoiled(settings: Settings, data: str = "real") -> tuple[Pass, ...]:
-    return (*passes_for(settings, data), Spoil())
+def spoiled(data: str = "real") -> tuple[Pass, ...]:
+    return (*passes_for(data), Spoil())
 
 
 def test_a_limit_that_holds(tmp_path: Path, small: tuple[str, str]) -> None:
