@@ -1,6 +1,7 @@
 """Layer after layer, on the quantised inputs that really reach it: learned rounding, then bias correction. No scale moves.
 
-    W_int8 <- argmin (W - s q) Cov(x') (W - s q)^T      second-order rounding (GPTQ: Frantar et al. 2022), `qcompile.rounding`
+    W*     <- W where the inputs hold no noise, else what makes the best of it, `qcompile.compensation`
+    W_int8 <- argmin (W* - s q) Cov(x') (W* - s q)^T    second-order rounding (GPTQ: Frantar et al. 2022), `qcompile.rounding`
     bias   <- bias + E[W x] - E[s q x']                 bias correction (Nagel et al. 2019, section 4.2)
 
 x comes from the float model, x' from the quantised one with all earlier layers refined; one walk feeds both. The covariance is
@@ -11,9 +12,13 @@ out); bias correction works on the int32 bias.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import reduce
+from operator import add
 
 import numpy as np
 
+from qcompile import compensation
+from qcompile.compensation import compensate, pair_moments
 from qcompile.context import Context
 from qcompile.errors import PassError
 from qcompile.graph import Const, Graph, Node, Value
@@ -22,7 +27,7 @@ from qcompile.passes.integer_bias import check_accumulator
 from qcompile.passes.round_weights import weight_matrix, weight_tensor
 from qcompile.plan import LinearSite
 from qcompile.rewrite import Lossy, Promise, Report
-from qcompile.rounding import second_order_round
+from qcompile.rounding import nearest, second_order_round
 from qcompile.runtime import Array
 from qcompile.walk import Stream, dequantise, linear_mean, mean_of
 
@@ -59,7 +64,7 @@ class RefineLayers:
             if learn and layer.width > _WIDEST:
                 report.refuse(site.node.label, "reduction too wide for a second moment in memory: rounded to nearest")
             elif learn:
-                moved = layer.learn_rounding(context, self.damping)
+                moved = layer.learn_rounding(context, float_world, self.damping)
             if settings.bias_correction:
                 moved |= layer.correct_bias(float_world)
             report.rewrites += moved
@@ -90,25 +95,40 @@ class _Layer:
     def _input(self, integers: Array) -> Array:
         return dequantise(integers, self.site.source.scale, self.site.source.zero_point)
 
-    def learn_rounding(self, context: Context, damping: float) -> bool:
-        """Round the weights again, by second order; never worse than before on the layer's own covariance."""
-        op, axis = self.original.op, self.site.axis
-        samples = (self._input(x) for x in self.inputs)
-        covariance = input_covariance(self.original, self.weight.shape, samples, len(self.inputs), context.settings.seed)
-        groups = covariance.shape[0]
+    def learn_rounding(self, context: Context, float_world: Stream, damping: float) -> bool:
+        """Round the weights again, for the inputs that reach the layer; never worse than to nearest on their covariance."""
+        op, axis, settings = self.original.op, self.site.axis, context.settings
+        source = self.original.inputs[0]
+        assert isinstance(source, Value)
         matrix = weight_matrix(self.weight, op, axis)
-        start = weight_matrix(self.stored.array(), op, axis)
+        groups = self.original.attr("group", 1) if op == "Conv" else 1
         shape = (groups, matrix.shape[0] // groups, matrix.shape[1])
+        target, covariance = matrix.reshape(shape), None
+        pair_rule = settings.target == "any" and not self.site.depthwise
+        old = weight_matrix(self.stored.array(), op, axis)
+        start = old.reshape(shape)
+        if self.width <= compensation.WIDEST:
+            noisy = (self._input(x) for x in self.inputs)
+            folds = pair_moments(
+                self.original, self.weight.shape, float_world.values(source), noisy, len(self.inputs), settings.seed
+            )
+            target, strength = compensate(target, folds)
+            covariance = reduce(add, folds).covariances()[1]
+            if np.isfinite(strength):
+                start = nearest(target, self.scale.reshape(shape[:2]), pair_rule, settings.weight_top)
+        else:
+            samples = (self._input(x) for x in self.inputs)
+            covariance = input_covariance(self.original, self.weight.shape, samples, len(self.inputs), settings.seed)
         rounded = second_order_round(
-            matrix.reshape(shape),
+            target,
             self.scale.reshape(shape[:2]),
             covariance,
-            start.reshape(shape),
-            pair_rule=context.settings.target == "any" and not self.site.depthwise,
+            start,
+            pair_rule=pair_rule,
             damping=damping,
-            top=context.settings.weight_top,
+            top=settings.weight_top,
         ).reshape(matrix.shape)
-        if np.array_equal(rounded, start):
+        if np.array_equal(rounded, old):
             return False
         self.stored.assign(weight_tensor(rounded, self.weight.shape, op, axis))
         return True

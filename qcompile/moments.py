@@ -50,6 +50,22 @@ def input_variance(node: Node, weight_shape: tuple[int, ...], arrays: Iterable[A
     return np.maximum(total / rows - np.square(mean / rows), 0.0)
 
 
+def rows_wanted(node: Node, weight_shape: tuple[int, ...], count: int) -> int:
+    """How many rows to draw from each of `count` samples: about 8 K in all."""
+    if node.op == "Gemm":
+        width = weight_shape[1] if node.attr("transB", 0) else weight_shape[0]
+    else:
+        width = int(np.prod(weight_shape[1:]))
+    return max(1, min(max(_ROWS_PER_COLUMN * width, _LEAST_ROWS), _MOST_ROWS) // max(count, 1))
+
+
+def rows_of(node: Node, weight_shape: tuple[int, ...], array: Array, wanted: int, random: np.random.Generator) -> Array:
+    """[groups, rows, K] float32: at most `wanted` of the rows that Conv or Gemm `node` multiplies, for one sample's input."""
+    if node.op == "Gemm":
+        return _rows(array, weight_shape[1] if node.attr("transB", 0) else weight_shape[0], wanted, random)
+    return _patches(node, weight_shape, array, node.attr("group", 1), wanted, random)
+
+
 def _sampled(
     node: Node, weight_shape: tuple[int, ...], arrays: Iterable[Array], count: int, seed: int
 ) -> Iterator[npt.NDArray[np.float32]]:
@@ -57,20 +73,11 @@ def _sampled(
 
     Large means would cancel otherwise, and leave noise of either sign where there is no variance.
     """
-    if node.op == "Gemm":
-        width, groups = weight_shape[1] if node.attr("transB", 0) else weight_shape[0], 1
-    else:
-        groups = node.attr("group", 1)
-        width = int(np.prod(weight_shape[1:]))
-    wanted = max(1, min(max(_ROWS_PER_COLUMN * width, _LEAST_ROWS), _MOST_ROWS) // max(count, 1))
+    wanted = rows_wanted(node, weight_shape, count)
     random = np.random.default_rng(seed)
     shift: Array | None = None
     for array in arrays:
-        part = (
-            _rows(array, width, wanted, random)
-            if node.op == "Gemm"
-            else _patches(node, weight_shape, array, groups, wanted, random)
-        )
+        part = rows_of(node, weight_shape, array, wanted, random)
         shift = part.mean(axis=1, dtype=np.float64, keepdims=True).astype(np.float32) if shift is None else shift
         yield part - shift
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from qcompile.qparams import PAIR_LIMIT, WEIGHT_MAX
+from qcompile.qparams import PAIR_LIMIT, WEIGHT_MAX, round_pairs
 
 Array = npt.NDArray[Any]
 FloatArray = npt.NDArray[np.float64]
@@ -47,6 +47,13 @@ def second_order_round(
     np.put_along_axis(result, np.broadcast_to(order[:, None, :], rounded.shape), rounded, 2)
     reached, before = (_error(matrix, steps, q, moment) for q in (result, start))
     return np.where((reached < before)[:, :, None], result, start).astype(np.int8)
+
+
+def nearest(weight: Array, scale: Array, pair_rule: bool, top: int) -> npt.NDArray[np.int8]:
+    """Round to nearest, [groups, channels, K], within +-top and the pair rule; `scale` is [groups, channels]."""
+    target = np.asarray(weight, np.float64) / np.asarray(scale, np.float64)[:, :, None]
+    q = round_pairs(target, top=top) if pair_rule else np.clip(np.rint(target), -top, top)
+    return q.astype(np.int8)
 
 
 def _order(diagonal: FloatArray, pair_rule: bool) -> npt.NDArray[np.int64]:
