@@ -81,9 +81,9 @@ _WITHOUT_DATA = (RecordBatchNorm, ExpectRanges, CorrectMeans)
 _WITH_DATA = (SearchRanges, RefineLayers)
 
 
-def passes_for(data: str = "real", *, weight_only: bool = False) -> tuple[Pass, ...]:
-    """The passes that a compilation runs, in order; `data`: real | synthetic | dynamic (none needed)."""
-    if weight_only:
+def passes_for(data: str = "real") -> tuple[Pass, ...]:
+    """The passes that a compilation runs, in order; `data`: real | synthetic | dynamic (none needed) | weight_only (either)."""
+    if data == "weight_only":
         return _WEIGHT_ONLY
     if data == "dynamic":
         return _DYNAMIC

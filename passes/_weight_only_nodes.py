@@ -50,7 +50,6 @@ class Writer:
             "MatMulNBits",
             inputs,
             [output if bias is None or vector is not None else output.name + "_product"],
-            name=label,
             domain=_MICROSOFT,
             K=width,
             N=channels,
@@ -58,6 +57,7 @@ class Writer:
             block_size=self.options.block,
             accuracy_level=self.options.accuracy_level,
         )
+        made.name = label  # free again, and what users know the node by
         if bias is not None and vector is None:
             self.graph.node("Add", [made.outputs[0], bias], [output], name=label + "_bias")
 
@@ -80,15 +80,16 @@ class Writer:
         x, output, label = node.inputs[0], node.outputs[0], node.label
         bias = product_bias(self.graph, node)
         self.graph.remove(node)
-        made = self.graph.node("MatMul", [x, weight], [output if bias is None else output.name + "_product"], name=label)
+        made = self.graph.node("MatMul", [x, weight], [output if bias is None else output.name + "_product"])
+        made.name = label
         if bias is not None:
             self.graph.node("Add", [made.outputs[0], bias], [output], name=label + "_bias")
 
     def table(self, const: Const, integers: Array, grid: BlockGrid) -> int:
         """Rewrite all look-ups in `const`; `integers` [rows, D]. Returns how many there were."""
         graph, name, readers = self.graph, const.name, const.consumers
-        made, scale_values, zero_proto = grid_tensors(integers, grid)
-        stored, scale = graph.constant(name + "_int4", made), graph.constant(name + "_scale", scale_values)
+        proto, scale_values, zero_proto = grid_tensors(integers, grid)
+        stored, scale = graph.constant(name + "_int4", proto), graph.constant(name + "_scale", scale_values)
         zero = None if zero_proto is None else graph.constant(name + "_zero_point", zero_proto)
         if self.options.spelling == "portable":
             self._plain_look_ups(readers, stored, scale, zero)
@@ -96,17 +97,17 @@ class Writer:
         for node in readers:
             ids, output, label = node.inputs[1], node.outputs[0], node.label
             graph.remove(node)
-            graph.node(
+            made = graph.node(
                 "GatherBlockQuantized",
                 [stored, ids, scale, *([] if zero is None else [zero])],
                 [output],
-                name=label,
                 domain=_MICROSOFT,
                 bits=4,
                 block_size=grid.block,
                 gather_axis=0,
                 quantize_axis=1,
             )
+            made.name = label
         return len(readers)
 
     def _plain_look_ups(self, readers: list[Node], stored: Const, scale: Const, zero: Const | None) -> None:
@@ -118,7 +119,8 @@ class Writer:
             ids, output, label = node.inputs[1], node.outputs[0], node.label
             graph.remove(node)
             rows = [graph.node("Gather", [table, ids], [table.name + "_rows"], axis=0).outputs[0] for table in tables]
-            graph.node("DequantizeLinear", rows, [output], name=label, axis=-1, block_size=self.options.block)
+            made = graph.node("DequantizeLinear", rows, [output], axis=-1, block_size=self.options.block)
+            made.name = label
 
     def _widened(self, const: Const) -> Value:
         """8 bits of a 4-bit constant: no runtime looks rows of 4 bits up."""

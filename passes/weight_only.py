@@ -39,6 +39,7 @@ from qcompile.rounding import WIDEST, second_order_round
 from qcompile.walk import Stream
 
 _SAMPLE_BYTES = 64 << 20
+_MOST_SAMPLES = 256  # a sentence has some tens of rows, and a second moment wants several times K of them
 _WIDE = "reduction too wide for a second moment in memory: rounded to nearest"
 _DONE = ("MatMulNBits", "GatherBlockQuantized", "DequantizeLinear")
 
@@ -141,7 +142,7 @@ class _Rounding:
         self.world = graph.copy()
         self.samples: list[dict[str, Array]] = []
         if not context.synthetic and context.settings.effort != "fast":
-            thinned = Thinned(budget_bytes=_SAMPLE_BYTES)
+            thinned = Thinned(budget_bytes=_SAMPLE_BYTES, most=_MOST_SAMPLES)
             context.calibrated = sum(1 for _ in thinned.passing(context.calibration()))
             self.samples = thinned.kept
         self._power: tuple[Value, Array] | None = None

@@ -198,7 +198,7 @@ def _run_passes(graph: Graph, context: Context, given: _Data, dump: Path | None)
     rows: list[dict[str, Any]] = []
     if dump is not None:
         dump.mkdir(parents=True, exist_ok=True)
-    for index, step in enumerate(passes_for(given.kind, weight_only=context.settings.weight_only is not None)):
+    for index, step in enumerate(passes_for(given.kind if context.settings.weight_only is None else "weight_only")):
         row = _run_pass(step, graph, context, verifier)
         rows.append(row)
         if dump is not None:
@@ -306,6 +306,7 @@ def _report(
         "output": file_record(path),
         "settings": {name: _plain(value) for name, value in asdict(settings).items()},
         "passes": rows,
+        **_weights(settings, context),
         "accuracy": measured.accuracy_json(),
         "latency_ms": measured.latency_json(),
         "size_bytes": measured.size_json(),
@@ -315,6 +316,15 @@ def _report(
         "notes": loaded.notes,
         "warnings": warnings,
     }
+
+
+def _weights(settings: Settings, context: Context) -> dict[str, Any]:
+    """The report's `weights`: how the weights of a weight-only file are stored and were rounded; nothing for other files."""
+    if settings.weight_only is None:
+        return {}
+    learned = settings.effort != "fast" and not context.synthetic
+    rounding = "second order" if learned else "nearest"
+    return {"weights": {"bits": settings.bits, **asdict(settings.weight_only), "rounding": rounding}}
 
 
 def _plain(value: Any) -> Any:
