@@ -32,6 +32,7 @@ from qcompile.passes.split_heads import SplitHeads
 from qcompile.passes.sum_residuals import SumResiduals
 from qcompile.passes.sum_to_add import SumToAdd
 from qcompile.passes.transpose_first import TransposeFirst
+from qcompile.passes.weight_only import WeightOnlyInt4
 from qcompile.rewrite import Pass
 
 PASSES: tuple[Pass, ...] = (
@@ -75,12 +76,15 @@ _DYNAMIC: tuple[Pass, ...] = (
     QuantiseEmbeddings(),
     SumResiduals(),
 )
+_WEIGHT_ONLY: tuple[Pass, ...] = (*(p for p in PASSES if isinstance(p, _CANONICAL)), WeightOnlyInt4())
 _WITHOUT_DATA = (RecordBatchNorm, ExpectRanges, CorrectMeans)
 _WITH_DATA = (SearchRanges, RefineLayers)
 
 
 def passes_for(data: str = "real") -> tuple[Pass, ...]:
-    """The passes that a compilation runs, in order; `data`: real | synthetic | dynamic (none needed)."""
+    """The passes that a compilation runs, in order; `data`: real | synthetic | dynamic (none needed) | weight_only (either)."""
+    if data == "weight_only":
+        return _WEIGHT_ONLY
     if data == "dynamic":
         return _DYNAMIC
     idle = _WITHOUT_DATA if data == "real" else _WITH_DATA

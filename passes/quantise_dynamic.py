@@ -24,6 +24,7 @@ from qcompile.context import Context
 from qcompile.errors import ModelError, PassError
 from qcompile.graph import Array, Graph, Node, Tensor, Value
 from qcompile.passes._match import is_op
+from qcompile.passes._products import product_bias, product_matrix, product_refusal
 from qcompile.qparams import quantise_weight
 from qcompile.rewrite import Lossy, Promise, Report
 
@@ -59,18 +60,9 @@ class QuantiseDynamic:
 
 def dynamic_refusal(node: Node, context: Context) -> str | None:
     """None where `node` becomes an integer product of dynamic activations, else why it stays float."""
-    if context.settings.excluded(node.name):
-        return "excluded by --exclude"
-    if node.op in ("Conv", "ConvTranspose"):
-        return _CONVOLUTION
-    if node.op == "Gemm" and node.attr("transA", 0):
-        return "Gemm with transA"
-    weight = node.constant(1)
-    if weight is None and node.op == "MatMul":
-        return "weights are the left operand" if node.constant(0) is not None else "product of two activations"
-    if weight is None or weight.elem_type != TensorProto.FLOAT or not isinstance(node.inputs[0], Value):
-        return "weights are computed at run time or not float32"
-    return None if len(weight.dims) == 2 else "MatMul with weights of rank other than 2"
+    if is_op(node, "Conv", "ConvTranspose"):
+        return "excluded by --exclude" if context.settings.excluded(node.name) else _CONVOLUTION
+    return product_refusal(node, context)
 
 
 @dataclass
@@ -84,10 +76,8 @@ class _Inserter:
         graph, x, output = self.graph, node.inputs[0], node.outputs[0]
         weight = node.constant(1)
         assert weight is not None
-        matrix = weight.array()
-        if node.op == "Gemm":
-            matrix = (matrix.T if node.attr("transB", 0) else matrix) * np.float32(node.attr("alpha", 1.0))
-        bias = self._bias(node)
+        matrix = product_matrix(node)
+        bias = product_bias(graph, node)
         name, label, dims = weight.name, node.label, output.dims
         integers, scale = self._round(matrix, label)
         graph.remove(node)
@@ -105,18 +95,6 @@ class _Inserter:
         graph.node("Mul", [as_float.outputs[0], scales.outputs[0]], [result], name=label)
         if bias is not None:
             graph.node("Add", [result, bias], [output])
-
-    def _bias(self, node: Node) -> Tensor | None:
-        """What a Gemm adds, beta included; None where nothing is added (the Add behind a MatMul stays where it is)."""
-        added = node.input(2) if node.op == "Gemm" else None
-        beta = float(node.attr("beta", 1.0))
-        if added is None or beta == 1.0:
-            return added
-        constant = node.constant(2)
-        if constant is not None:
-            return self.graph.constant(constant.name + "_beta", constant.array() * np.float32(beta))
-        factor = self.graph.constant(node.label + "_beta", np.asarray(beta, np.float32))
-        return self.graph.node("Mul", [added, factor], [added.name + "_beta"]).outputs[0]
 
     def _quantise(self, x: Tensor) -> Node:
         if x not in self.quantised:

@@ -40,7 +40,7 @@ class QuantiseEmbeddings:
             assert isinstance(table, Const)
             if table.elem_type != TensorProto.FLOAT or len(table.dims) != 2:
                 continue
-            reason = _refusal(graph, table, context)
+            reason = table_refusal(graph, table, context)
             if reason is not None:
                 report.refuse(table.name, reason)
                 continue
@@ -54,7 +54,8 @@ class QuantiseEmbeddings:
         return report
 
 
-def _refusal(graph: Graph, table: Const, context: Context) -> str | None:
+def table_refusal(graph: Graph, table: Const, context: Context) -> str | None:
+    """None where float matrix `table` can be stored as integers that are looked up by row, else why not."""
     if int(np.prod(table.dims)) < _LEAST:
         return "a small table"
     if table.dims[1] < _NARROWEST:

@@ -27,11 +27,10 @@ from qcompile.passes.integer_bias import check_accumulator
 from qcompile.passes.round_weights import weight_matrix, weight_tensor
 from qcompile.plan import LinearSite
 from qcompile.rewrite import Lossy, Promise, Report
-from qcompile.rounding import nearest, second_order_round
+from qcompile.rounding import WIDEST, nearest, second_order_round
 from qcompile.runtime import Array
 from qcompile.walk import Stream, dequantise, linear_mean, mean_of
 
-_WIDEST = 6144  # K: the covariance, its inverse and factor take 3 * 8 * K^2 bytes, 0.9 GB here
 _FEW = 16  # samples for bias correction alone, effort `fast`: means settle long before covariances do
 
 
@@ -61,7 +60,7 @@ class RefineLayers:
                 context.progress("refining layers")
             layer = _Layer(site, by_name[site.node.name], integer_world, context)
             moved = False
-            if learn and layer.width > _WIDEST:
+            if learn and layer.width > WIDEST:
                 report.refuse(site.node.label, "reduction too wide for a second moment in memory: rounded to nearest")
             elif learn:
                 moved = layer.learn_rounding(context, float_world, self.damping)

@@ -28,7 +28,7 @@ _BOUNDARY = frozenset({"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLin
 #: Integer kernels with a weight, and which input it is.
 _KERNEL_WEIGHT = {
     "ConvInteger": 1, "DynamicQuantizeMatMul": 1, "MatMulInteger": 1, "MatMulInteger16": 1,
-    "MatMulIntegerToFloat": 1, "QAttention": 1, "QGemm": 3, "QLinearConv": 3, "QLinearMatMul": 3,
+    "MatMulIntegerToFloat": 1, "MatMulNBits": 1, "QAttention": 1, "QGemm": 3, "QLinearConv": 3, "QLinearMatMul": 3,
 }  # fmt: skip
 _FLOAT_WEIGHTED = frozenset(
     [
@@ -47,8 +47,6 @@ _FLOAT_WEIGHTED = frozenset(
 _INTEGERS = BYTES | WIDE | {TensorProto.INT32, TensorProto.UINT32}
 #: What onnxruntime adds to the name of a node that it rewrites.
 _DECORATION = re.compile(r"^fused |/MatMulAddFusion$|_token_\d+$")
-#: MatMulNBits computes on integers at this accuracy level only; at the others it widens the weight to float.
-_INTEGER_ACCURACY_LEVEL = 4
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,8 @@ class Audit:
     """What onnxruntime runs after its optimisation.
 
     `integer_ops`, `float_ops`: {operator type: nodes that compute on integers, in float}; operators that only move data,
-    quantise, dequantise or cast are in neither.
+    quantise, dequantise or cast are in neither. MatMulNBits and GatherBlockQuantized count as integer: they read integers,
+    and what they widen or round inside is their own business.
     `not_fused`: Conv, Gemm and MatMul meant to be integer (their second operand is stored in 2 to 16 bits or comes from a
     DequantizeLinear) that run in float, named as in the file.
     `leftover`: QuantizeLinear and DequantizeLinear at run time that stand neither at an end of the graph nor beside an
@@ -132,14 +131,11 @@ def _read(path: Path) -> onnx.ModelProto:
 
 def _is_kernel(node: Node) -> bool:
     """Whether `node` is an operator of its own for quantised tensors (as against Add on int32, which is told by type)."""
-    if node.op == "MatMulNBits":
-        level = node.attribute("accuracy_level")
-        return level is not None and level.i == _INTEGER_ACCURACY_LEVEL
     # NhwcMaxPool exists for 8-bit tensors only, and carries no type that shape inference knows.
     return (
         node.op in _KERNEL_WEIGHT
         or node.op.startswith(("QLinear", "QOrdered"))
-        or node.op in ("DynamicQuantizeLSTM", "NhwcMaxPool")
+        or node.op in ("DynamicQuantizeLSTM", "GatherBlockQuantized", "NhwcMaxPool")
     )
 
 

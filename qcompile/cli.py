@@ -92,6 +92,25 @@ def cli() -> None:
 @click.option(
     "--inputs-as", type=click.Choice(["float32", "uint8"]), default="float32", help="Type of the model's inputs.  [float32]"
 )
+@click.option(
+    "--activations",
+    type=click.Choice(["int8", "float"]),
+    default="int8",
+    help="float: weight-only, for --bits 4; the next four options are for it.  [int8]",
+)
+@click.option("--block", type=click.Choice(["32", "64", "128"]), help="Weights that share a scale.  [32]")
+@click.option("--symmetric/--asymmetric", default=None, help="Blocks without or with zero points.  [asymmetric]")
+@click.option(
+    "--spelling",
+    type=click.Choice(["matmulnbits", "portable"]),
+    help="onnxruntime's own operators, or DequantizeLinear of opset 21.  [matmulnbits]",
+)
+@click.option(
+    "--accuracy-level",
+    type=click.IntRange(0, 4),
+    metavar="N",
+    help="Of MatMulNBits: 0 computes in float32, 4 on int8.  [4]",
+)
 @click.option("--no-bias-correction", is_flag=True, help="Leave biases as they are.")
 @click.option("--dump-passes", type=_FOLDER, metavar="DIR", help="Write the model after every pass.")
 @_SEED
@@ -104,6 +123,7 @@ def compile_command(
     output: Path | None,
     bits: str,
     format_: str,
+    block: str | None,
     eval_data: str | None,
     max_drop: float | None,
     report: Path | None,
@@ -127,6 +147,7 @@ def compile_command(
                 output,
                 bits=int(bits),
                 format=format_,
+                block=None if block is None else int(block),
                 eval_data=eval_data,
                 max_drop=max_drop,
                 bias_correction=not no_bias_correction,

@@ -15,11 +15,31 @@ from qcompile.runtime import Array, Feeds
 
 
 @dataclass(frozen=True)
+class WeightOnly:
+    """How weights of 4 bits are stored where activations stay float.
+
+    block: weights that share a scale; spelling: matmulnbits | portable. accuracy_level: of MatMulNBits, 0 (float32) to 4 (the
+    kernel rounds its float input to 8 bits block by block); None where no such node is written.
+    """
+
+    block: int = 32
+    symmetric: bool = False
+    spelling: str = "matmulnbits"
+    accuracy_level: int | None = 4
+
+    def stored_bytes(self, rows: int, width: int) -> int:
+        """Bytes of a weight [rows, width] in blocks: integers, float32 scales and zero points."""
+        blocks = -(-width // self.block)
+        zero_points = 0 if self.symmetric else -(-blocks // 2)
+        return rows * (blocks * (self.block // 2 + 4) + zero_points)
+
+
+@dataclass(frozen=True)
 class Settings:
     """Options of one compilation; every field changes the output and stands in the report.
 
     format: qdq | qoperator; target: any | vnni | arm | tensorrt; ranges: mse | minmax | percentile; effort: fast | default.
-    exclude: node names or shell patterns that stay float.
+    exclude: node names or shell patterns that stay float. weight_only: set where activations stay float.
     """
 
     bits: int = 8
@@ -32,6 +52,7 @@ class Settings:
     inputs_as: str = "float32"
     opset: int | None = None
     seed: int = 0
+    weight_only: WeightOnly | None = None
 
     @property
     def weight_top(self) -> int:

@@ -65,8 +65,8 @@ class Rescale:
 class Summary:
     """What a file holds.
 
-    formats: which of "qdq", "qoperator", "integer", "float" occur. integer_ops and float_ops count nodes by operator
-    (between Q and DQ counts as integer; QuantizeLinear, DequantizeLinear and constants are not counted). weight_bytes:
+    formats: which of "qdq", "qoperator", "integer", "weight-only", "float" occur. integer_ops and float_ops count nodes by operator
+    (between Q and DQ counts as integer, and so does a product or look-up of weights in blocks of 4 bits; QuantizeLinear, DequantizeLinear and constants are not counted). weight_bytes:
     stored bytes by element type. activation_quantisers: QuantizeLinear nodes on tensors that depend on the input.
     """
 
@@ -304,6 +304,9 @@ def summary(model: onnx.ModelProto | str | Path) -> Summary:
         if node.op.startswith("QLinear") or node.op == "QGemm":
             formats.add("qoperator")
             integers[node.op] += 1
+        elif _is_weight_only(scales, node):
+            formats.add("weight-only")
+            integers[node.op] += 1
         elif not touches_float:
             if node.op in ("ConvInteger", "MatMulInteger"):
                 formats.add("integer")
@@ -319,8 +322,17 @@ def summary(model: onnx.ModelProto | str | Path) -> Summary:
     for tensor in scales.model.graph.initializer:
         width = bits(tensor.data_type)
         weights[TensorProto.DataType.Name(tensor.data_type).lower()] += -(-prod(tensor.dims) * width // 8)
-    ordered = tuple(f for f in ("qdq", "qoperator", "integer", "float") if f in formats)
+    ordered = tuple(f for f in ("qdq", "qoperator", "integer", "weight-only", "float") if f in formats)
     return Summary(ordered, _sorted(integers), _sorted(floats), _sorted(weights), quantisers)
+
+
+def _is_weight_only(scales: Scales, node: Node) -> bool:
+    """Whether floats are multiplied by integer weights in blocks, by an operator for that or behind a DequantizeLinear."""
+    if node.op in ("MatMulNBits", "GatherBlockQuantized"):
+        return True
+    before = scales.wiring.producer(node.inputs[1]) if node.op == "MatMul" else None
+    block = before.attribute("block_size") if before is not None and before.op == "DequantizeLinear" else None
+    return block is not None and block.i > 0
 
 
 def _sorted(counts: Counter[str]) -> dict[str, int]:

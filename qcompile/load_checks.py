@@ -54,8 +54,11 @@ def refuse_quantised(model: ModelProto) -> None:
     constants = {t.name for t in model.graph.initializer} | {s.values.name for s in model.graph.sparse_initializer}
     evidence: Counter[str] = Counter()
     for node in all_nodes(model.graph):
-        if node.op_type in ("Constant", "Cast", "Transpose", "Reshape", "Identity") and all(i in constants for i in node.input):
+        carried = ("Constant", "Cast", "Transpose", "Reshape", "Identity")
+        if node.op_type in carried and all(i in constants for i in node.input):
             constants.update(node.output)
+        if node.op_type == "Gather" and node.input[0] in constants:
+            constants.update(node.output)  # rows of a table of integers
         if _is_quantised(node) or (node.op_type == "DequantizeLinear" and node.input[0] in constants):
             evidence[node.op_type] += 1
     if evidence:

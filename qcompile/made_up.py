@@ -1,7 +1,8 @@
 """No data given: which way to quantise all the same, and the inputs that are made up for it.
 
 - dynamic: models of matrix products (or of tokens) quantise their activations at run time; made-up inputs serve checks only;
-- synthetic: static ranges from BatchNormalization statistics and made-up inputs.
+- synthetic: static ranges from BatchNormalization statistics and made-up inputs;
+- weight-only files need no ranges: their made-up inputs serve checks only.
 """
 
 from __future__ import annotations
@@ -38,6 +39,10 @@ def make_up(graph: Graph, inputs: Sequence[InputInfo], settings: Settings) -> Ma
     Raises InputError where the format or target needs static ranges and an input holds tokens, or where ranges are to be
     percentiles; DataError where an input cannot be made up.
     """
+    if settings.weight_only is not None:
+        made_up = synthetic_dataset(inputs, SAMPLES, settings.seed, vocabularies=vocabularies(graph))
+        warning = "no --data: 4-bit weights are rounded to nearest; give samples for second-order rounding"
+        return MadeUp("synthetic", made_up, (warning,))
     if settings.ranges == "percentile":
         raise InputError("--ranges percentile: percentiles of made-up inputs mean nothing; give --data")
     dynamic_offered = settings.format == "qdq" and settings.target in _DYNAMIC_TARGETS

@@ -16,43 +16,74 @@ Array = npt.NDArray[Any]
 _ROWS_PER_COLUMN = 8
 _LEAST_ROWS = 4096
 _MOST_ROWS = 24576
+_MATRIX_PRODUCTS = ("Gemm", "MatMul")
 
 
 def input_covariance(node: Node, weight_shape: tuple[int, ...], arrays: Iterable[Array], count: int, seed: int = 0) -> Array:
-    """Covariance [groups, K, K] (float64) of the rows that each output of Conv or Gemm `node` is a product with.
+    """Covariance [groups, K, K] (float64) of the rows that each output of Conv, Gemm or MatMul `node` is a product with.
 
     arrays: the node's input for each of `count` samples. K runs as the kernel does: (kh, kw, channel of the group). At most
     about 8 K rows are used in all, at positions drawn with `seed`.
     """
-    total: Array = np.zeros(())
-    mean, rows = np.zeros(()), 0
-    for part in _sampled(node, weight_shape, arrays, count, seed):
-        # float32 products and float64 sums lose nothing that matters beside the damping.
-        total = total + np.matmul(np.swapaxes(part, 1, 2), part).astype(np.float64)
-        mean = mean + part.sum(axis=1, dtype=np.float64)
-        rows += part.shape[1]
-    if rows == 0:
-        raise DataError(f"node '{node.label}': no sample reaches it; give at least one with --data")
-    mean = mean / rows
-    return total / rows - mean[:, :, None] * mean[:, None, :]
+    return _covariance(node, weight_shape, arrays, count, seed)[0]
+
+
+def input_moment(node: Node, weight_shape: tuple[int, ...], arrays: Iterable[Array], count: int, seed: int = 0) -> Array:
+    """Second moment E[x x^T] of those rows about zero, [groups, K, K]: where no bias takes care of the mean error."""
+    covariance, mean = _covariance(node, weight_shape, arrays, count, seed)
+    return covariance + mean[:, :, None] * mean[:, None, :]
 
 
 def input_variance(node: Node, weight_shape: tuple[int, ...], arrays: Iterable[Array], count: int, seed: int = 0) -> Array:
     """The diagonal of `input_covariance`, [groups, K], at a small part of its cost."""
+    return _variance(node, weight_shape, arrays, count, seed)[0]
+
+
+def input_power(node: Node, weight_shape: tuple[int, ...], arrays: Iterable[Array], count: int, seed: int = 0) -> Array:
+    """The diagonal of `input_moment`, [groups, K], at a small part of its cost."""
+    variance, mean = _variance(node, weight_shape, arrays, count, seed)
+    return variance + np.square(mean)
+
+
+def _covariance(
+    node: Node, weight_shape: tuple[int, ...], arrays: Iterable[Array], count: int, seed: int
+) -> tuple[Array, Array]:
+    """(covariance [groups, K, K], mean [groups, K])."""
     total: Array = np.zeros(())
-    mean, rows = np.zeros(()), 0
-    for part in _sampled(node, weight_shape, arrays, count, seed):
+    mean, rows, shift = np.zeros(()), 0, np.zeros(())
+    for part, shift in _sampled(node, weight_shape, arrays, count, seed):
+        # float32 products and float64 sums lose nothing that matters beside the damping.
+        total = total + np.matmul(np.swapaxes(part, 1, 2), part).astype(np.float64)
+        mean = mean + part.sum(axis=1, dtype=np.float64)
+        rows += part.shape[1]
+    _require_rows(rows, node)
+    mean = mean / rows
+    return total / rows - mean[:, :, None] * mean[:, None, :], mean + shift[:, 0]
+
+
+def _variance(
+    node: Node, weight_shape: tuple[int, ...], arrays: Iterable[Array], count: int, seed: int
+) -> tuple[Array, Array]:
+    """(variance, mean), both [groups, K]."""
+    total: Array = np.zeros(())
+    mean, rows, shift = np.zeros(()), 0, np.zeros(())
+    for part, shift in _sampled(node, weight_shape, arrays, count, seed):
         total = total + np.square(part).sum(axis=1, dtype=np.float64)
         mean = mean + part.sum(axis=1, dtype=np.float64)
         rows += part.shape[1]
+    _require_rows(rows, node)
+    mean = mean / rows
+    return np.maximum(total / rows - np.square(mean), 0.0), mean + shift[:, 0]
+
+
+def _require_rows(rows: int, node: Node) -> None:
     if rows == 0:
         raise DataError(f"node '{node.label}': no sample reaches it; give at least one with --data")
-    return np.maximum(total / rows - np.square(mean / rows), 0.0)
 
 
 def rows_wanted(node: Node, weight_shape: tuple[int, ...], count: int) -> int:
     """How many rows to draw from each of `count` samples: about 8 K in all."""
-    if node.op == "Gemm":
+    if node.op in _MATRIX_PRODUCTS:
         width = weight_shape[1] if node.attr("transB", 0) else weight_shape[0]
     else:
         width = int(np.prod(weight_shape[1:]))
@@ -60,16 +91,16 @@ def rows_wanted(node: Node, weight_shape: tuple[int, ...], count: int) -> int:
 
 
 def rows_of(node: Node, weight_shape: tuple[int, ...], array: Array, wanted: int, random: np.random.Generator) -> Array:
-    """[groups, rows, K] float32: at most `wanted` of the rows that Conv or Gemm `node` multiplies, for one sample's input."""
-    if node.op == "Gemm":
+    """[groups, rows, K] float32: at most `wanted` of the rows that Conv, Gemm or MatMul `node` multiplies, for one sample's input."""
+    if node.op in _MATRIX_PRODUCTS:
         return _rows(array, weight_shape[1] if node.attr("transB", 0) else weight_shape[0], wanted, random)
     return _patches(node, weight_shape, array, node.attr("group", 1), wanted, random)
 
 
 def _sampled(
     node: Node, weight_shape: tuple[int, ...], arrays: Iterable[Array], count: int, seed: int
-) -> Iterator[npt.NDArray[np.float32]]:
-    """[groups, rows, K] of each sample, shifted near the mean of the first.
+) -> Iterator[tuple[npt.NDArray[np.float32], Array]]:
+    """[groups, rows, K] of each sample, shifted near the mean of the first, and that shift [groups, 1, K].
 
     Large means would cancel otherwise, and leave noise of either sign where there is no variance.
     """
@@ -79,7 +110,7 @@ def _sampled(
     for array in arrays:
         part = rows_of(node, weight_shape, array, wanted, random)
         shift = part.mean(axis=1, dtype=np.float64, keepdims=True).astype(np.float32) if shift is None else shift
-        yield part - shift
+        yield part - shift, shift
 
 
 def _rows(array: Array, width: int, wanted: int, random: np.random.Generator) -> Array:

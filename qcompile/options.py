@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from qcompile.context import Settings
+from qcompile.context import Settings, WeightOnly
 from qcompile.errors import InputError
 
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -15,6 +15,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "effort": ("fast", "default"),
     "inputs_as": ("float32", "uint8"),
 }
+BLOCKS = (32, 64, 128)
+SPELLINGS = ("matmulnbits", "portable")
 
 
 def check_settings(settings: Settings, max_drop: float | None, has_evaluation: bool) -> None:
@@ -30,10 +32,58 @@ def check_settings(settings: Settings, max_drop: float | None, has_evaluation: b
         raise InputError(
             f"--format qoperator --target {settings.target}: s8 operators are slow or missing in onnxruntime; use --format qdq"
         )
+    if settings.weight_only is not None:
+        _check_weight_only(settings, settings.weight_only)
     if max_drop is not None and not has_evaluation:
         raise InputError("--max-drop compares with the true answers; give --eval data with labels")
     if max_drop is not None and not 0 <= max_drop <= 100:
         raise InputError(f"--max-drop {max_drop:g}: give percentage points between 0 and 100")
+
+
+def weight_only_of(
+    activations: str, block: int | None, symmetric: bool | None, spelling: str | None, accuracy_level: int | None
+) -> WeightOnly | None:
+    """The options of `--activations float`, defaults filled in; None for int8. Raises InputError where they go with nothing."""
+    if activations not in ("int8", "float"):
+        raise InputError(f"--activations {activations}: choose one of int8, float")
+    given = {"block": block, "symmetric": symmetric, "spelling": spelling, "accuracy-level": accuracy_level}
+    first = next((name for name, value in given.items() if value is not None), None)
+    if activations == "int8":
+        if first is not None:
+            raise InputError(f"--{first} is for weight-only files; give --bits 4 --activations float with it")
+        return None
+    usual = WeightOnly()
+    spelling = usual.spelling if spelling is None else spelling
+    if spelling == "portable" and accuracy_level is not None:
+        raise InputError("--accuracy-level is an attribute of MatMulNBits; leave it out with --spelling portable")
+    level = usual.accuracy_level if accuracy_level is None else accuracy_level
+    return WeightOnly(
+        block=usual.block if block is None else block,
+        symmetric=usual.symmetric if symmetric is None else symmetric,
+        spelling=spelling,
+        accuracy_level=None if spelling == "portable" else level,
+    )
+
+
+def _check_weight_only(settings: Settings, options: WeightOnly) -> None:
+    """Raise InputError for what `--activations float` does not go with: nothing but weights is rounded."""
+    if settings.bits != 4:
+        raise InputError(f"--activations float --bits {settings.bits}: weight-only files have weights of 4 bits; give --bits 4")
+    if options.block not in BLOCKS:
+        raise InputError(f"--block {options.block}: choose one of {', '.join(map(str, BLOCKS))}")
+    if options.spelling not in SPELLINGS:
+        raise InputError(f"--spelling {options.spelling}: choose one of {', '.join(SPELLINGS)}")
+    if options.accuracy_level is not None and not 0 <= options.accuracy_level <= 4:
+        raise InputError(f"--accuracy-level {options.accuracy_level}: give a whole number from 0 (float32) to 4 (int8)")
+    if settings.format != "qdq":
+        raise InputError(f"--activations float --format {settings.format}: its operators take integers; use --format qdq")
+    if settings.inputs_as != "float32":
+        raise InputError(f"--activations float --inputs-as {settings.inputs_as}: inputs stay float; leave --inputs-as out")
+    if settings.target == "tensorrt" and not (options.spelling == "portable" and options.symmetric):
+        raise InputError(
+            "--activations float --target tensorrt: it takes INT4 without zero points behind DequantizeLinear; "
+            "add --spelling portable --symmetric"
+        )
 
 
 def output_path(source: Path, output: str | Path | None, bits: int) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from qcompile.integer_inputs import take_integers
 from qcompile.load import Loaded, load_model
 from qcompile.made_up import make_up
 from qcompile.names import names_of, shorten_names
-from qcompile.options import check_settings, output_path
+from qcompile.options import check_settings, output_path, weight_only_of
 from qcompile.passes import passes_for
 from qcompile.promises import Verifier
 from qcompile.report_file import file_record, peak_rss_mb
@@ -68,6 +68,11 @@ def compile_model(
     exclude: Sequence[str] = (),
     opset: int | None = None,
     inputs_as: str = "float32",
+    activations: str = "int8",
+    block: int | None = None,
+    symmetric: bool | None = None,
+    spelling: str | None = None,
+    accuracy_level: int | None = None,
     preprocess: str | None = None,
     bias_correction: bool = True,
     seed: int = 0,
@@ -78,6 +83,7 @@ def compile_model(
     """Compile a float ONNX model to an integer one, write it and measure it against the original.
 
     data, eval_data: a SPEC (see `qcompile.data`) or a Dataset; `eval_data` never changes the written bytes.
+    activations: int8, or float for weight-only INT4, whose options are block, symmetric, spelling and accuracy_level.
     max_drop: the largest drop of top-1 accuracy, in percentage points, that `eval_data` (with labels) must not contradict.
     Returns the written path and the report. Raises InputError, ModelError or DataError (exit status 2), PassError (1), and
     LimitError (3) where the samples show that `max_drop` is broken: the file is then kept with `.failed` before its suffix.
@@ -97,6 +103,7 @@ def compile_model(
         inputs_as=inputs_as,
         opset=opset,
         seed=seed,
+        weight_only=weight_only_of(activations, block, symmetric, spelling, accuracy_level),
     )
     check_settings(settings, max_drop, eval_data is not None)
     source = Path(model)
@@ -191,7 +198,7 @@ def _run_passes(graph: Graph, context: Context, given: _Data, dump: Path | None)
     rows: list[dict[str, Any]] = []
     if dump is not None:
         dump.mkdir(parents=True, exist_ok=True)
-    for index, step in enumerate(passes_for(given.kind)):
+    for index, step in enumerate(passes_for(given.kind if context.settings.weight_only is None else "weight_only")):
         row = _run_pass(step, graph, context, verifier)
         rows.append(row)
         if dump is not None:
@@ -252,11 +259,10 @@ def _constant_bytes(graph: Graph) -> int:
 
 def _stamp(loaded: Loaded, settings: Settings) -> None:
     """Metadata: what was done, with which settings, from which source; nothing that differs between equal runs."""
-    chosen = {f.name: getattr(settings, f.name) for f in fields(settings)}
     stamps = {
         "qcompile.version": qcompile.__version__,
         "qcompile.source_sha256": loaded.source_sha256,
-        "qcompile.settings": json.dumps(chosen, sort_keys=True),
+        "qcompile.settings": json.dumps(asdict(settings), sort_keys=True),
     }
     shell = loaded.graph.shell
     kept = [p for p in shell.metadata_props if p.key not in stamps]
@@ -298,8 +304,9 @@ def _report(
         "qcompile": qcompile.__version__,
         "source": {"path": str(source), "sha256": loaded.source_sha256},
         "output": file_record(path),
-        "settings": {f.name: _plain(getattr(settings, f.name)) for f in fields(settings)},
+        "settings": {name: _plain(value) for name, value in asdict(settings).items()},
         "passes": rows,
+        **_weights(settings, context),
         "accuracy": measured.accuracy_json(),
         "latency_ms": measured.latency_json(),
         "size_bytes": measured.size_json(),
@@ -309,6 +316,15 @@ def _report(
         "notes": loaded.notes,
         "warnings": warnings,
     }
+
+
+def _weights(settings: Settings, context: Context) -> dict[str, Any]:
+    """The report's `weights`: how the weights of a weight-only file are stored and were rounded; nothing for other files."""
+    if settings.weight_only is None:
+        return {}
+    learned = settings.effort != "fast" and not context.synthetic
+    rounding = "second order" if learned else "nearest"
+    return {"weights": {"bits": settings.bits, **asdict(settings.weight_only), "rounding": rounding}}
 
 
 def _plain(value: Any) -> Any:

@@ -7,6 +7,7 @@ left to bias correction. Everything is float64 but the result.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,21 +18,36 @@ from qcompile.qparams import PAIR_LIMIT, WEIGHT_MAX, round_pairs
 Array = npt.NDArray[Any]
 FloatArray = npt.NDArray[np.float64]
 
+#: The widest K: the moment, its inverse and factor take 3 * 8 * K^2 bytes, 0.9 GB here.
+WIDEST = 6144
 _BLOCK = 64
 
 
 def second_order_round(
-    weight: Array, scale: Array, moment: Array, start: Array, *, pair_rule: bool, damping: float = 0.01, top: int = WEIGHT_MAX
+    weight: Array,
+    scale: Array,
+    moment: Array,
+    start: Array,
+    *,
+    pair_rule: bool,
+    damping: float = 0.01,
+    top: int = WEIGHT_MAX,
+    limits: tuple[Array, Array] | None = None,
 ) -> npt.NDArray[np.int8]:
     """Integers q [groups, channels, K] for `weight` of that shape, `scale` [groups, channels] and `moment` [groups, K, K].
 
-    `start` holds integers that obey the same limits (round to nearest); a channel keeps them where they do not do worse, so the
-    error on `moment` never exceeds theirs. Singular moments are damped, those with negative eigenvalues (noise)
-    more; a moment of zeros returns `start`. Raises FloatingPointError where the moment is not finite.
+    A scale of the weight's own shape gives each column its step (a scale a block, say); the pair rule then has no meaning.
+    `limits`: least and greatest q, broadcast to the weight; -top and top where None. `start` holds integers that obey the same
+    limits (round to nearest); a channel keeps them where they do not do worse, so the error on `moment` never exceeds theirs.
+    Singular moments are damped, those with negative eigenvalues (noise) more; a moment of zeros returns `start`. Raises
+    FloatingPointError where the moment is not finite, ValueError for the pair rule with a scale a column.
     """
     width = weight.shape[2]
     matrix = np.asarray(weight, np.float64)
     steps = np.asarray(scale, np.float64)
+    by_column = steps.ndim == 3
+    if by_column and pair_rule:
+        raise ValueError("the pair rule needs one scale a channel")
     hessian = np.asarray(moment, np.float64)
     diagonal = np.einsum("gkk->gk", hessian)
     level = np.abs(diagonal).mean(axis=1)
@@ -40,9 +56,14 @@ def second_order_round(
     order = _order(diagonal, pair_rule)
     hessian = np.take_along_axis(np.take_along_axis(hessian, order[:, :, None], 1), order[:, None, :], 2)
     factor = _damped_factor(hessian, damping * np.maximum(level, 1e-30))
-    work = np.take_along_axis(matrix, order[:, None, :], 2) / steps[:, :, None]
+    unit = np.ones(steps.shape[:2]) if by_column else steps
+    work = _by_column(matrix / unit[:, :, None], order)
+    low, high = (np.full((1, width, 1), end) for end in (-top, top))
+    if limits is not None:
+        low, high = (_by_column(np.broadcast_to(limit, matrix.shape), order) for limit in limits)
+    grid = _Grid(_by_column(steps, order) if by_column else np.ones((1, width, 1)), low, high)
     pairs = width // 2 * 2 if pair_rule else 0
-    rounded = np.swapaxes(_sweep(np.ascontiguousarray(np.swapaxes(work, 1, 2)), factor, pairs, top), 1, 2)
+    rounded = np.swapaxes(_sweep(work, factor, pairs, grid), 1, 2)
     result = np.empty_like(rounded)
     np.put_along_axis(result, np.broadcast_to(order[:, None, :], rounded.shape), rounded, 2)
     reached, before = (_error(matrix, steps, q, moment) for q in (result, start))
@@ -54,6 +75,20 @@ def nearest(weight: Array, scale: Array, pair_rule: bool, top: int) -> npt.NDArr
     target = np.asarray(weight, np.float64) / np.asarray(scale, np.float64)[:, :, None]
     q = round_pairs(target, top=top) if pair_rule else np.clip(np.rint(target), -top, top)
     return q.astype(np.int8)
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """Step and least and greatest integer of every column, [groups or 1, K, channels or 1], in the order of the sweep."""
+
+    step: FloatArray
+    low: Array
+    high: Array
+
+
+def _by_column(values: Array, order: npt.NDArray[np.int64]) -> Array:
+    """[groups, channels, K] in the order of the sweep, as contiguous [groups, K, channels]."""
+    return np.ascontiguousarray(np.swapaxes(np.take_along_axis(values, order[:, None, :], 2), 1, 2))
 
 
 def _order(diagonal: FloatArray, pair_rule: bool) -> npt.NDArray[np.int64]:
@@ -86,7 +121,7 @@ def _upper_factor(hessian: FloatArray) -> FloatArray:
     return np.swapaxes(np.linalg.cholesky(inverse), 1, 2)
 
 
-def _sweep(work: FloatArray, factor: FloatArray, pairs: int, top: int) -> FloatArray:
+def _sweep(work: FloatArray, factor: FloatArray, pairs: int, grid: _Grid) -> FloatArray:
     """Round column after column; updates inside a block at once, behind it in one product per block.
 
     `work` is [groups, K, channels]: a column of the weight matrix is contiguous. It is used up.
@@ -98,11 +133,12 @@ def _sweep(work: FloatArray, factor: FloatArray, pairs: int, top: int) -> FloatA
         errors = np.empty((work.shape[0], end - begin, work.shape[2]))
         for column in range(begin, end):
             target = work[:, column]
-            q = np.clip(np.rint(_shared(work, column, pairs)), -top, top)
+            step = grid.step[:, column]
+            q = np.clip(np.rint(_shared(work, column, pairs) / step), grid.low[:, column], grid.high[:, column])
             if column < pairs and column % 2:
                 q = _limited(q, rounded[:, column - 1])
             rounded[:, column] = q
-            error = (target - q) / factor[:, column, column][:, None]
+            error = (target - q * step) / factor[:, column, column][:, None]
             errors[:, column - begin] = error
             work[:, column + 1 : end] -= factor[:, column, column + 1 : end, None] * error[:, None, :]
         if end < width:
@@ -129,5 +165,5 @@ def _limited(q: FloatArray, first: FloatArray) -> FloatArray:
 
 def _error(matrix: FloatArray, steps: FloatArray, q: Array, moment: Array) -> FloatArray:
     """e H e^T of every channel, [groups, channels]."""
-    error = matrix - q.astype(np.float64) * steps[:, :, None]
+    error = matrix - q.astype(np.float64) * (steps if steps.ndim == 3 else steps[:, :, None])
     return np.asarray(np.einsum("gck,gck->gc", error @ np.asarray(moment, np.float64), error))
