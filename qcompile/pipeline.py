@@ -14,6 +14,7 @@ from typing import Any
 import qcompile
 from qcompile.audit import Audit, audit
 from qcompile.check import Measured, Progress, broke_limit, fusion_json, judge, measure, nodes_json
+from qcompile.compact import compact
 from qcompile.compare_targets import FREE, both_targets
 from qcompile.context import Context, Settings
 from qcompile.convert import lower_opset
@@ -120,6 +121,7 @@ def compile_model(
     if opset is not None:
         lower_opset(loaded.graph, opset)
     forget_inner_types(loaded.graph)
+    compact(loaded.graph)
     shorten_names(loaded.graph, known)
     _stamp(loaded, settings)
     loaded.graph.save(path)
@@ -273,12 +275,11 @@ def _constant_bytes(graph: Graph) -> int:
 
 
 def _stamp(loaded: Loaded, settings: Settings) -> None:
-    """Metadata: what was done, with which settings, from which source; nothing that differs between equal runs."""
-    chosen = {f.name: getattr(settings, f.name) for f in fields(settings)}
+    """Metadata: what was done, with which settings (those not at their defaults), from which source; by which version is the producer's."""
+    chosen = {f.name: getattr(settings, f.name) for f in fields(settings) if getattr(settings, f.name) != f.default}
     stamps = {
-        "qcompile.version": qcompile.__version__,
         "qcompile.source_sha256": loaded.source_sha256,
-        "qcompile.settings": json.dumps(chosen, sort_keys=True),
+        "qcompile.settings": json.dumps(chosen, sort_keys=True, separators=(",", ":")),
     }
     shell = loaded.graph.shell
     kept = [p for p in shell.metadata_props if p.key not in stamps]
