@@ -1,4 +1,4 @@
-"""Bytes that a file need not hold: attributes at their defaults, equal small constants, zero points of zero where they are implied.
+"""Bytes that a file need not hold: attributes at their defaults, equal small constants, zero points of zero where implied.
 
 Nothing that a runtime computes changes. On a model of some kilobytes they are a tenth of the file.
 """
@@ -45,7 +45,7 @@ def _value(attribute: AttributeProto) -> bytes:
     bare.CopyFrom(attribute)
     bare.ClearField("name")
     bare.ClearField("doc_string")
-    return bare.SerializeToString(deterministic=True)
+    return bytes(bare.SerializeToString(deterministic=True))
 
 
 @cache
@@ -60,7 +60,7 @@ def _defaults(op: str, opset: int) -> dict[str, bytes]:
 
 
 def _drop_zero_point(node: Node) -> None:
-    """Zero points of 0 of int8 weights that only Conv reads. (onnxruntime's Gemm and MatMul want them: 1.23 fails, 1.32 is wrong.)"""
+    """Zero points of 0 of int8 weights that only Conv reads; onnxruntime fuses no Gemm without them (1.23 fails at run time)."""
     if node.op != "DequantizeLinear" or len(node.inputs) < 3:
         return
     zero = node.constant(2)

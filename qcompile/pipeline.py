@@ -275,7 +275,7 @@ def _constant_bytes(graph: Graph) -> int:
 
 
 def _stamp(loaded: Loaded, settings: Settings) -> None:
-    """Metadata: what was done, with which settings (those not at their defaults), from which source; by which version is the producer's."""
+    """Metadata: what was done, with which settings (where not the default), from which source; the version is the producer's."""
     chosen = {f.name: getattr(settings, f.name) for f in fields(settings) if getattr(settings, f.name) != f.default}
     stamps = {
         "qcompile.source_sha256": loaded.source_sha256,
