@@ -9,6 +9,7 @@ from qcompile.passes.eliminate import Eliminate
 from qcompile.passes.expect_ranges import ExpectRanges
 from qcompile.passes.fold_bn import FoldBatchNorm
 from qcompile.passes.fold_constants import FoldConstants
+from qcompile.passes.fold_width import FoldWidth
 from qcompile.passes.fuse_gelu import FuseGelu
 from qcompile.passes.fuse_linear import FuseLinear
 from qcompile.passes.integer_bias import IntegerBias
@@ -52,6 +53,9 @@ PASSES: tuple[Pass, ...] = (
     PoolToConv(),
     SplitHeads(),
     TransposeFirst(),
+    PadChannels(dense=False),  # before the layer that makes the channels is folded
+    FoldWidth(),
+    Eliminate(),
     PadChannels(),
     Calibrate(),
     ExpectRanges(),

@@ -44,8 +44,12 @@ _MADE = "its channels come from an operator that cannot add zeros"
 
 @dataclass(frozen=True)
 class PadChannels:
-    """Widen convolutions by zero channels where the wider kernel is the faster one."""
+    """Widen convolutions by zero channels where the wider kernel is the faster one.
 
+    dense: also for what dense convolutions read; else for depthwise ones alone.
+    """
+
+    dense: bool = True
     name: str = "pad_channels"
     keeps: Promise = field(default_factory=Close)
 
@@ -56,7 +60,9 @@ class PadChannels:
             return report
         graph.infer_shapes()
         padded: dict[Value, Value] = {}
-        convs = [n for n in graph.nodes if _is_conv(n) and not context.settings.excluded(n.name)]
+        convs = [
+            n for n in graph.nodes if _is_conv(n) and (self.dense or _is_depthwise(n)) and not context.settings.excluded(n.name)
+        ]
         for node in sorted(convs, key=lambda n: not _is_depthwise(n)):
             source, depthwise = node.inputs[0], _is_depthwise(node)
             channels = _weight_dims(node)[0 if depthwise else 1]

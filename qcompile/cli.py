@@ -115,6 +115,7 @@ def cli() -> None:
 @click.option("--dump-passes", type=_FOLDER, metavar="DIR", help="Write the model after every pass.")
 @_SEED
 @_NO_LATENCY
+@click.option("--no-compare-targets", is_flag=True, help="With --eval and --report: do not measure target vnni beside any.")
 @_QUIET
 @_TRACEBACK
 @click.version_option(qcompile.__version__, message="qcompile %(version)s")
@@ -129,6 +130,7 @@ def compile_command(
     report: Path | None,
     no_bias_correction: bool,
     no_latency: bool,
+    no_compare_targets: bool,
     quiet: bool,
     **options: Any,
 ) -> int:
@@ -152,6 +154,7 @@ def compile_command(
                 max_drop=max_drop,
                 bias_correction=not no_bias_correction,
                 latency=not no_latency,
+                compare_targets=report is not None and eval_data is not None and not no_compare_targets,
                 progress=progress,
                 **options,
             )

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import string
 from collections.abc import Iterator, Set
+from itertools import count, product
+
+from onnx import TensorProto
 
 from qcompile.graph import Const, Graph, Tensor, Value
 
+_DIGITS = string.digits + string.ascii_lowercase + string.ascii_uppercase
+_SHAPE_BYTES = 128  # of an int64 constant that is a shape, not data
 _PLUMBING = ("QuantizeLinear", "DequantizeLinear", "Cast", "Clip")
 
 
@@ -18,7 +24,8 @@ def names_of(graph: Graph) -> frozenset[str]:
 def shorten_names(graph: Graph, known: Set[str]) -> None:
     """Rename tensors whose names are not `known` to `q0`, `q1` ... in graph order; Q, DQ, Cast and Clip nodes lose theirs.
 
-    Tensors and nodes of the original model keep their names, so that reports and profiles still speak its language.
+    Tensors and nodes of the original model keep their names, so that reports and profiles still speak its language; constants
+    that hold shapes do not.
     """
     graph.sort()
     fresh = _fresh(known)
@@ -27,7 +34,7 @@ def shorten_names(graph: Graph, known: Set[str]) -> None:
         ordered.update(dict.fromkeys(t for t in [*node.inputs, *node.outputs] if t.name))
     ends: set[Tensor] = {*graph.inputs, *graph.outputs}
     for tensor in ordered:
-        if tensor.name not in known and tensor not in ends:
+        if (tensor.name not in known or _is_shape(tensor)) and tensor not in ends:
             tensor.name = next(fresh)
             if isinstance(tensor, Value):
                 tensor.info = None
@@ -37,10 +44,12 @@ def shorten_names(graph: Graph, known: Set[str]) -> None:
             node.name = ""
 
 
+def _is_shape(tensor: Tensor) -> bool:
+    """Whether it is a constant that looks like a shape, a list of axes or the like."""
+    return isinstance(tensor, Const) and tensor.elem_type == TensorProto.INT64 and tensor.nbytes <= _SHAPE_BYTES
+
+
 def _fresh(known: Set[str]) -> Iterator[str]:
-    count = 0
-    while True:
-        name = f"q{count}"
-        if name not in known:
-            yield name
-        count += 1
+    """`q` and one digit of base 62, then two, and so on; names that are taken are left out."""
+    for length in count(1):
+        yield from (name for digits in product(_DIGITS, repeat=length) if (name := "q" + "".join(digits)) not in known)

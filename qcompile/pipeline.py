@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from typing import Any
 import qcompile
 from qcompile.audit import Audit, audit
 from qcompile.check import Measured, Progress, broke_limit, fusion_json, judge, measure, nodes_json
+from qcompile.compact import compact
+from qcompile.compare_targets import FREE, both_targets
 from qcompile.context import Context, Settings
 from qcompile.convert import lower_opset
 from qcompile.data import Dataset, load_dataset
@@ -78,6 +81,7 @@ def compile_model(
     seed: int = 0,
     dump_passes: str | Path | None = None,
     latency: bool = True,
+    compare_targets: bool = False,
     progress: Progress | None = None,
 ) -> Compiled:
     """Compile a float ONNX model to an integer one, write it and measure it against the original.
@@ -85,6 +89,7 @@ def compile_model(
     data, eval_data: a SPEC (see `qcompile.data`) or a Dataset; `eval_data` never changes the written bytes.
     activations: int8, or float for weight-only INT4, whose options are block, symmetric, spelling and accuracy_level.
     max_drop: the largest drop of top-1 accuracy, in percentage points, that `eval_data` (with labels) must not contradict.
+    compare_targets: where target is `any`, effort is not `fast` and there is `eval_data`, also say what `vnni` would have given.
     Returns the written path and the report. Raises InputError, ModelError or DataError (exit status 2), PassError (1), and
     LimitError (3) where the samples show that `max_drop` is broken: the file is then kept with `.failed` before its suffix.
 
@@ -123,6 +128,7 @@ def compile_model(
     if opset is not None:
         lower_opset(loaded.graph, opset)
     forget_inner_types(loaded.graph)
+    compact(loaded.graph)
     shorten_names(loaded.graph, known)
     _stamp(loaded, settings)
     loaded.graph.save(path)
@@ -130,16 +136,34 @@ def compile_model(
         audited = audit(path)
         measured, measured_on = _measure(source, path, given, latency, effort, progress)
         report = _report(source, path, loaded, settings, rows, audited, measured, context, given)
+        report["data"]["evaluation"] = measured_on
+        report["seconds"] = round(time.perf_counter() - start, 3)
+        report["peak_rss_mb"] = peak_rss_mb()
+        if compare_targets and target == "any" and effort != "fast" and eval_data is not None:
+            again = partial(compile_model, source, format=format, target=FREE, data=data, samples=samples, eval_data=eval_data)
+            again = partial(again, bits=bits, ranges=ranges, effort=effort, exclude=exclude, opset=opset, inputs_as=inputs_as)
+            again = partial(again, preprocess=preprocess, bias_correction=bias_correction, seed=seed, latency=False)
+            _compare_targets(path, report, again, progress)
     except BaseException:  # Ctrl-C too: a file that was never measured must not look like a result
         _discard(path)
         raise
-    report["data"]["evaluation"] = measured_on
-    report["seconds"] = round(time.perf_counter() - start, 3)
-    report["peak_rss_mb"] = peak_rss_mb()
     compiled = Compiled(path, report)
     if max_drop is not None:
         compiled = _enforce(compiled, measured, max_drop)
     return compiled
+
+
+def _compare_targets(path: Path, report: dict[str, Any], again: Callable[..., Compiled], progress: Progress | None) -> None:
+    """Add the report's `targets`; where the model does not compile for the other target, a warning says so."""
+
+    def shown(stage: str, done: int, total: int | None) -> None:
+        if progress is not None:
+            progress(f"target {FREE}: {stage}", done, total)
+
+    try:
+        report["targets"] = both_targets(path, report, lambda other: again(output=other, progress=shown).report)
+    except QcompileError as error:
+        report["warnings"].append(f"target {FREE} was not measured: {error}")
 
 
 def _discard(path: Path) -> None:
@@ -258,11 +282,12 @@ def _constant_bytes(graph: Graph) -> int:
 
 
 def _stamp(loaded: Loaded, settings: Settings) -> None:
-    """Metadata: what was done, with which settings, from which source; nothing that differs between equal runs."""
+    """Metadata: what was done, with which settings (where not the default), from which source; the version is the producer's."""
+    whole = asdict(settings)
+    chosen = {f.name: whole[f.name] for f in fields(settings) if getattr(settings, f.name) != f.default}
     stamps = {
-        "qcompile.version": qcompile.__version__,
         "qcompile.source_sha256": loaded.source_sha256,
-        "qcompile.settings": json.dumps(asdict(settings), sort_keys=True),
+        "qcompile.settings": json.dumps(chosen, sort_keys=True, separators=(",", ":")),
     }
     shell = loaded.graph.shell
     kept = [p for p in shell.metadata_props if p.key not in stamps]

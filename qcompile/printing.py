@@ -88,6 +88,8 @@ def print_report(report: Mapping[str, Any], out: Console) -> None:
     out.print(_result_table(report))
     for line in _float_lines(report):
         out.print(line)
+    if report.get("targets"):
+        out.print(_targets_line(report["targets"]))
     verdict = report.get("verdict")
     if verdict:
         out.print(f"limit: {verdict['outcome']}: {verdict['reason']}")
@@ -260,6 +262,19 @@ def _float_lines(report: Mapping[str, Any]) -> Iterable[str]:
     for entry in fusion.get("leftover") or ():
         alike.setdefault((entry["op"], entry["reason"]), []).append(entry["node"])
     yield from _cut([_leftover_line(op, reason, nodes) for (op, reason), nodes in alike.items()])
+
+
+def _targets_line(targets: Mapping[str, Any]) -> str:
+    """`any` beside `vnni`: SQNR and agreement of both, and why where `any` costs much."""
+    sides = []
+    for name in ("any", "vnni"):
+        agreement = targets[name].get("top1_agreement")
+        agrees = "" if agreement is None else f", agreement {100 * agreement:.2f} %"
+        sides.append(f"{name} {_decibels(targets[name]['sqnr_db'])} dB{agrees}")
+    cost, reason = targets.get("any_costs_db"), targets.get("reason")
+    line = "targets: " + "; ".join(sides)
+    line += "" if cost is None else f"; the same bits everywhere cost {cost:.2f} dB"
+    return line + (f": {reason}" if reason else "")
 
 
 def _leftover_line(op: str, reason: str, nodes: list[str]) -> str:

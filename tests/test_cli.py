@@ -116,6 +116,7 @@ def test_defaults_reach_the_pipeline(command: Command, pipeline: FakePipeline) -
         "seed": 0,
         "dump_passes": None,
         "latency": True,
+        "compare_targets": False,
     }
     assert "fold_bn" in out
     assert "2 x weight is shared" in out
@@ -152,8 +153,26 @@ def test_every_option_reaches_the_pipeline(command: Command, pipeline: FakePipel
         "seed": 3,
         "dump_passes": Path("dump"),
         "latency": False,
+        "compare_targets": True,
     }
     assert json.loads(report.read_text()) == REPORT
+
+
+@pytest.mark.parametrize(
+    ("args", "compared"),
+    [
+        pytest.param(["--eval", "e.npz"], False, id="no report"),
+        pytest.param(["--report", "r.json"], False, id="no evaluation"),
+        pytest.param(["--eval", "e.npz", "--report", "r.json"], True, id="both"),
+        pytest.param(["--eval", "e.npz", "--report", "r.json", "--no-compare-targets"], False, id="not wanted"),
+    ],
+)
+def test_targets_are_compared_for_a_report(
+    args: list[str], compared: bool, command: Command, pipeline: FakePipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert command("m.onnx", *args)[0] == 0
+    assert pipeline.call["compare_targets"] is compared
 
 
 @pytest.mark.parametrize(
