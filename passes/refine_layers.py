@@ -22,7 +22,7 @@ from qcompile.passes.integer_bias import check_accumulator
 from qcompile.passes.round_weights import weight_matrix, weight_tensor
 from qcompile.plan import LinearSite
 from qcompile.rewrite import Lossy, Promise, Report
-from qcompile.rounding import second_order_round
+from qcompile.rounding import rounding_gain_db, second_order_round
 from qcompile.runtime import Array
 from qcompile.walk import Stream, dequantise, linear_mean, mean_of
 
@@ -110,6 +110,10 @@ class _Layer:
         ).reshape(matrix.shape)
         if np.array_equal(rounded, start):
             return False
+        self.site.method = "second order"
+        if context.diagnose:
+            old, new = (q.reshape(shape) for q in (start, rounded))
+            self.site.gain_db = rounding_gain_db(matrix.reshape(shape), self.scale.reshape(shape[:2]), covariance, old, new)
         self.stored.assign(weight_tensor(rounded, self.weight.shape, op, axis))
         return True
 

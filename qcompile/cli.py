@@ -131,6 +131,7 @@ def compile_command(
                 max_drop=max_drop,
                 bias_correction=not no_bias_correction,
                 latency=not no_latency,
+                diagnose=report is not None,
                 progress=progress,
                 **options,
             )

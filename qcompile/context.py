@@ -52,6 +52,7 @@ class Context:
     how many the last sweep saw. synthetic: whether they are made up; batch_norms: what the model itself then says about its
     tensors. progress: called with a stage's name as work goes on.
     samples: a bounded list of calibration feeds (axis 0 the batch) that promise checks and the walk use.
+    diagnose: whether each layer's part in the error is to be measured (it changes no byte of the output).
     """
 
     settings: Settings = field(default_factory=Settings)
@@ -62,6 +63,7 @@ class Context:
     calibration: Callable[[], Iterable[Feeds]] = tuple
     calibrated: int = 0
     synthetic: bool = False
+    diagnose: bool = False
     batch_norms: list[BatchNormRecord] = field(default_factory=list)
     progress: Callable[[str], None] | None = None
 

@@ -73,12 +73,14 @@ def compile_model(
     seed: int = 0,
     dump_passes: str | Path | None = None,
     latency: bool = True,
+    diagnose: bool = False,
     progress: Progress | None = None,
 ) -> Compiled:
     """Compile a float ONNX model to an integer one, write it and measure it against the original.
 
     data, eval_data: a SPEC (see `qcompile.data`) or a Dataset; `eval_data` never changes the written bytes.
     max_drop: the largest drop of top-1 accuracy, in percentage points, that `eval_data` (with labels) must not contradict.
+    diagnose: measure each layer's part in the error as well (the report's `layers`); the written bytes stay the same.
     Returns the written path and the report. Raises InputError, ModelError or DataError (exit status 2), PassError (1), and
     LimitError (3) where the samples show that `max_drop` is broken: the file is then kept with `.failed` before its suffix.
 
@@ -108,6 +110,7 @@ def compile_model(
         raise DataError("--max-drop compares with the true answers; give --eval data with labels")
     _check_excluded(loaded.graph, settings)
     context = Context(settings, calibration=lambda: (s.feeds for s in given.calibration))
+    context.diagnose = diagnose
     context.synthetic = given.kind == "synthetic"
     context.progress = _stages(progress, given)
     rows = _run_passes(loaded.graph, context, given, Path(dump_passes) if dump_passes is not None else None)
@@ -127,6 +130,8 @@ def compile_model(
         _discard(path)
         raise
     report["data"]["evaluation"] = measured_on
+    if context.plan is not None and context.plan.layers is not None:
+        report["layers"] = [layer.as_json() for layer in context.plan.layers]
     report["seconds"] = round(time.perf_counter() - start, 3)
     report["peak_rss_mb"] = peak_rss_mb()
     compiled = Compiled(path, report)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # they load onnxruntime, which `--help` need not wait for
 
 _LOG_WIDTH = 10_000  # where there is no terminal: nothing is broken into lines, so that it can be searched
 _REDRAW_SECONDS = 0.1
+_WORST = 3  # layers that the summary names
 _MOST_LINES = 12  # of one kind of finding; the JSON report has them all
 
 
@@ -86,7 +87,7 @@ def print_report(report: Mapping[str, Any], out: Console) -> None:
     if report.get("passes"):
         out.print(_pass_table(report["passes"]))
     out.print(_result_table(report))
-    for line in _float_lines(report):
+    for line in (*_float_lines(report), *_worst_lines(report)):
         out.print(line)
     verdict = report.get("verdict")
     if verdict:
@@ -260,6 +261,14 @@ def _float_lines(report: Mapping[str, Any]) -> Iterable[str]:
     for entry in fusion.get("leftover") or ():
         alike.setdefault((entry["op"], entry["reason"]), []).append(entry["node"])
     yield from _cut([_leftover_line(op, reason, nodes) for (op, reason), nodes in alike.items()])
+
+
+def _worst_lines(report: Mapping[str, Any]) -> Iterable[str]:
+    """The layers that cost most, each measured alone; those without any error are never named."""
+    noisy = [layer for layer in report.get("layers") or () if layer["own_db"] is not None]
+    for layer in sorted(noisy, key=lambda found: float(found["own_db"]))[:_WORST]:
+        at_end = f"{_decibels(layer['sqnr_out_db'])} dB with all before it"
+        yield f"costs most: {layer['op']} {layer['node']} ({layer['bits']} bits): {layer['own_db']:.2f} dB alone, {at_end}"
 
 
 def _leftover_line(op: str, reason: str, nodes: list[str]) -> str:

@@ -49,6 +49,16 @@ def second_order_round(
     return np.where((reached < before)[:, :, None], result, start).astype(np.int8)
 
 
+def rounding_gain_db(weight: Array, scale: Array, moment: Array, before: Array, after: Array) -> float | None:
+    """What integers `after` gain over `before`, in dB of squared output error on `moment`; shapes as in `second_order_round`.
+
+    None where `after` leaves no error (a moment estimated from few rows has directions without any).
+    """
+    matrix, steps = np.asarray(weight, np.float64), np.asarray(scale, np.float64)
+    start, reached = (float(_error(matrix, steps, q, moment).sum()) for q in (before, after))
+    return float(10 * np.log10(start / reached)) if start > 0 and reached > 0 else None
+
+
 def _order(diagonal: FloatArray, pair_rule: bool) -> npt.NDArray[np.int64]:
     """Columns by falling moment (act-order); partners of a pair stay neighbours. Ties keep their order."""
     groups, width = diagonal.shape

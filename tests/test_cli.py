@@ -116,6 +116,7 @@ def test_defaults_reach_the_pipeline(command: Command, pipeline: FakePipeline) -
         "seed": 0,
         "dump_passes": None,
         "latency": True,
+        "diagnose": False,
     }
     assert "fold_bn" in out
     assert "2 x weight is shared" in out
@@ -152,6 +153,7 @@ def test_every_option_reaches_the_pipeline(command: Command, pipeline: FakePipel
         "seed": 3,
         "dump_passes": Path("dump"),
         "latency": False,
+        "diagnose": True,  # a report was asked for
     }
     assert json.loads(report.read_text()) == REPORT
 
