@@ -106,7 +106,7 @@ class _Layer:
             start.reshape(shape),
             pair_rule=context.settings.target == "any" and not self.site.depthwise,
             damping=damping,
-            top=context.settings.weight_top,
+            top=context.settings.top_for(self.site.node.name),
         ).reshape(matrix.shape)
         if np.array_equal(rounded, start):
             return False

@@ -55,7 +55,7 @@ def diagnose(graph: Graph, context: Context, samples: int) -> list[LayerRecord]:
         layer = _Layer(graph, site, context.activations)
         inputs = float_world.values(source)
         outputs, reached = float_world.values(output), integer_world.values(layer.source)
-        records.append(layer.measure(inputs, outputs, reached, context.settings.bits))
+        records.append(layer.measure(inputs, outputs, reached, context.settings.bits_for(site.node.name)))
     return records
 
 

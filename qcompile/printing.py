@@ -89,9 +89,12 @@ def print_report(report: Mapping[str, Any], out: Console) -> None:
     out.print(_result_table(report))
     for line in (*_float_lines(report), *_worst_lines(report)):
         out.print(line)
-    verdict = report.get("verdict")
-    if verdict:
-        out.print(f"limit: {verdict['outcome']}: {verdict['reason']}")
+    for line in _raised_lines(report):
+        out.print(line)
+    for key in ("verdict", "agreement_verdict"):
+        verdict = report.get(key)
+        if verdict:
+            out.print(f"limit: {verdict['outcome']}: {verdict['reason']}")
     for warning in report.get("warnings") or ():
         out.print(f"warning: {warning}")
 
@@ -269,6 +272,23 @@ def _worst_lines(report: Mapping[str, Any]) -> Iterable[str]:
     for layer in sorted(noisy, key=lambda found: float(found["own_db"]))[:_WORST]:
         at_end = f"{_decibels(layer['sqnr_out_db'])} dB with all before it"
         yield f"costs most: {layer['op']} {layer['node']} ({layer['bits']} bits): {layer['own_db']:.2f} dB alone, {at_end}"
+
+
+def _raised_lines(report: Mapping[str, Any]) -> Iterable[str]:
+    """Which layers were raised to hold a limit, and on how many samples that was decided."""
+    fallback = report.get("fallback")
+    if not fallback or not fallback["raised"]:
+        return
+    held = "holds" if fallback["held"] else "does not hold even so"
+    raised = f"{len(fallback['raised'])} layer{'s' if len(fallback['raised']) != 1 else ''} raised"
+    yield f"{raised}; the limit {held} on the {fallback['samples']['search']} samples to choose by"
+    yield from _cut([_raised_line(move) for move in fallback["raised"]])
+
+
+def _raised_line(move: Mapping[str, Any]) -> str:
+    width = "float" if move["to_bits"] == 32 else f"{move['to_bits']} bits"
+    why = f"{_decibels(move['own_db'])} dB alone, for {_bytes(move['bytes_added'])}"
+    return f"raised: {move['op']} {move['node']} from {move['from_bits']} bits to {width}: {why}"
 
 
 def _leftover_line(op: str, reason: str, nodes: list[str]) -> str:
