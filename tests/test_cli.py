@@ -194,7 +194,7 @@ def test_a_subcommands_name_wins_over_a_file(command: Command, pipeline: FakePip
         pytest.param(["m.onnx", "--target", "z80"], "'--target'", id="target"),
         pytest.param(["m.onnx", "--max-drop", "1"], "give them with --eval", id="limit without samples"),
         pytest.param(["m.onnx", "--min-agreement", ".9"], "give them with --eval", id="agreement without samples"),
-        pytest.param(["m.onnx", "--min-agreement", "0", "--eval", "e.npz"], "x>0", id="agreement of nothing"),
+        pytest.param(["m.onnx", "--min-agreement", "0", "--eval", "e.npz"], "0<x<=1", id="agreement of nothing"),
         pytest.param(["m.onnx", "--eval", "e.npz", "--max-drop", "101"], "'--max-drop'", id="limit out of range"),
         pytest.param(["m.onnx", "--preprocess", "imagenet"], "--data or --eval", id="preprocess without images"),
         pytest.param(["m.onnx", "--dump-passes", CNN], "is a file", id="dump into a file"),
