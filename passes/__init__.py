@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from qcompile.passes.calibrate import Calibrate
 from qcompile.passes.correct_means import CorrectMeans
+from qcompile.passes.diagnose import Diagnose
 from qcompile.passes.dyadic_scales import DyadicScales
 from qcompile.passes.eliminate import Eliminate
 from qcompile.passes.expect_ranges import ExpectRanges
@@ -68,6 +69,7 @@ PASSES: tuple[Pass, ...] = (
     IntegerBias(),
     RefineLayers(),
     CorrectMeans(),
+    Diagnose(),
     SumResiduals(),
     LowerQOperator(),
     PackInt4(),

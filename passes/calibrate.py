@@ -12,7 +12,7 @@ from qcompile.ranges import Observer, Thinned, observe
 from qcompile.rewrite import Exact, Promise, Report
 from qcompile.sessions import graph_session
 
-_SAMPLE_BYTES = 64 << 20
+_SAMPLES = {"fast": (64, 64 << 20), "default": (64, 64 << 20), "best": (256, 256 << 20)}  # at most so many, and bytes
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,8 @@ class Calibrate:
         tick = None if progress is None else lambda: progress("calibrating")
         keep = context.settings.ranges == "percentile"
         context.observers = {name: Observer(keep=keep, channels=_is_matrix(by_name[name])) for name in names}
-        thinned = Thinned(budget_bytes=_SAMPLE_BYTES)
+        most, budget = _SAMPLES[context.settings.effort]
+        thinned = Thinned(budget, most)
         context.calibrated = observe(session, context.observers, thinned.passing(context.calibration()), tick)
         context.samples = thinned.kept
         return Report()

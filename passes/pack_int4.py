@@ -21,7 +21,9 @@ from qcompile.rewrite import Exact, Promise, Report
 
 @dataclass(frozen=True)
 class PackInt4:
-    """Pack the weights of integer linear nodes and embedding tables; fires for `--bits 4` only."""
+    """Pack the weights of integer linear nodes and embedding tables; fires for `--bits 4` only.
+
+    Layers raised to 8 bits keep their int8 weights."""
 
     name: str = "pack_int4"
     keeps: Promise = field(default_factory=lambda: Exact(fused=True))
@@ -31,7 +33,8 @@ class PackInt4:
         report = Report()
         if context.plan is None or context.settings.bits != 4:
             return report
-        wanted = {site.stored.name for site in context.plan.linears if site.stored is not None}
+        narrow = [site for site in context.plan.linears if context.settings.bits_for(site.node.name) == 4]
+        wanted = {site.stored.name for site in narrow if site.stored is not None}
         for const in [c for c in graph.constants.values() if c.elem_type == TensorProto.INT8]:
             if const.name not in wanted and not _is_table(const):
                 continue

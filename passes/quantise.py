@@ -210,7 +210,7 @@ class _Inserter:
         output = last.outputs[0]
         integer = output in self.placement.quantised
         if linear:
-            self._linear_site(node, self.class_of[output] if integer else None)
+            self._linear_site(node, self.class_of[output] if integer else None, output.name)
         if not integer:
             return
         place_ = self.class_of[output]
@@ -230,7 +230,7 @@ class _Inserter:
         assert producer is not None and producer.op == "DequantizeLinear"
         return next(c for c in self.plan.classes if c.scale_const is producer.inputs[1])
 
-    def _linear_site(self, node: Node, result: ScaleClass | None) -> None:
+    def _linear_site(self, node: Node, result: ScaleClass | None, output: str) -> None:
         weight = node.constant(1)
         assert weight is not None
         axis = 1 if node.op == "Gemm" and not node.attr("transB", 0) else 0
@@ -248,7 +248,7 @@ class _Inserter:
             node.inputs[2] = self.graph.constant(node.label + "_bias", flat)  # its own: correction must not touch a shared one
         groups = node.attr("group", 1) if node.op == "Conv" else 1
         depthwise = 1 < groups == weight.dims[0] and weight.dims[1] == 1  # with a channel multiplier kernels add in pairs
-        self.plan.linears.append(LinearSite(node, self._class_read(node.inputs[0]), result, axis, depthwise))
+        self.plan.linears.append(LinearSite(node, self._class_read(node.inputs[0]), result, axis, depthwise, output=output))
 
     def _clamped(self, integers: Value, output: Value, place_: ScaleClass) -> Value:
         """A Clip on the integers where the class's range reaches past the tensor's own folded bounds."""

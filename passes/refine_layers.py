@@ -1,35 +1,26 @@
-"""Layer after layer, on the quantised inputs that really reach it: learned rounding, then bias correction. No scale moves.
+"""Layer after layer, on the quantised inputs that really reach it: learned rounding, then bias correction.
 
     W*     <- W where the inputs hold no noise, else what makes the best of it, `qcompile.compensation`
-    W_int8 <- argmin (W* - s q) Cov(x') (W* - s q)^T    second-order rounding (GPTQ: Frantar et al. 2022), `qcompile.rounding`
+    W_int8 <- argmin (W* - s q) Cov(x') (W* - s q)^T    second-order rounding (GPTQ: Frantar et al. 2022) and descent,
+                                                        with 4 bits on the best of several scales: `qcompile.lattice`
     bias   <- bias + E[W x] - E[s q x']                 bias correction (Nagel et al. 2019, section 4.2)
 
 x comes from the float model, x' from the quantised one with all earlier layers refined; one walk feeds both. The covariance is
-centred because the bias takes care of the mean. Rounding is learned with real calibration data only (effort `fast` leaves it
+centred because the bias takes care of the mean. Activation scales stay; a weight scale only moves together with its integers,
+on the dyadic grid. Rounding is learned with real calibration data only (effort `fast` leaves it
 out); bias correction works on the int32 bias.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import reduce
-from operator import add
 
-import numpy as np
-
-from qcompile import compensation
-from qcompile.compensation import compensate, pair_moments
 from qcompile.context import Context
-from qcompile.errors import PassError
-from qcompile.graph import Const, Graph, Node, Value
-from qcompile.moments import input_covariance
-from qcompile.passes.integer_bias import check_accumulator
-from qcompile.passes.round_weights import weight_matrix, weight_tensor
-from qcompile.plan import LinearSite
+from qcompile.graph import Graph
+from qcompile.passes._layer import Layer
 from qcompile.rewrite import Lossy, Promise, Report
-from qcompile.rounding import WIDEST, nearest, second_order_round
-from qcompile.runtime import Array
-from qcompile.walk import Stream, dequantise, linear_mean, mean_of
+from qcompile.rounding import WIDEST
+from qcompile.walk import Stream
 
 _FEW = 16  # samples for bias correction alone, effort `fast`: means settle long before covariances do
 
@@ -54,109 +45,17 @@ class RefineLayers:
             return report
         by_name = {n.name: n for n in original.nodes}
         samples = context.samples if settings.effort != "fast" else context.samples[:: -(-len(context.samples) // _FEW)]
-        float_world, integer_world = Stream(original, samples), Stream(graph, samples)
+        worlds = Stream(original, samples), Stream(graph, samples)
         for site in plan.linears:
             if context.progress is not None:
                 context.progress("refining layers")
-            layer = _Layer(site, by_name[site.node.name], integer_world, context)
+            layer = Layer(site, by_name[site.node.name], worlds, context)
             moved = False
             if learn and layer.width > WIDEST:
                 report.refuse(site.node.label, "reduction too wide for a second moment in memory: rounded to nearest")
             elif learn:
-                moved = layer.learn_rounding(context, float_world, self.damping)
+                moved = layer.learn_rounding(self.damping)
             if settings.bias_correction:
-                moved |= layer.correct_bias(float_world)
+                moved |= layer.correct_bias()
             report.rewrites += moved
         return report
-
-
-class _Layer:
-    """One linear node, its float original, and the quantised values that it reads (one array a sample)."""
-
-    def __init__(self, site: LinearSite, original: Node, integer_world: Stream, context: Context) -> None:
-        self.site = site
-        self.span = context.activations.high - context.activations.low
-        self.original = original
-        weight, reader = original.constant(1), site.node.inputs[0].producer
-        assert weight is not None and reader is not None and site.weight_scale is not None
-        self.weight = weight.array()
-        self.scale = site.weight_scale
-        self.stored = _integers(site.node, 1)
-        source = reader.inputs[0]
-        assert isinstance(source, Value)
-        self.inputs = integer_world.values(source)
-
-    @property
-    def width(self) -> int:
-        """K, the length of the products' reduction."""
-        return int(self.weight.size // self.weight.shape[self.site.axis])
-
-    def _input(self, integers: Array) -> Array:
-        return dequantise(integers, self.site.source.scale, self.site.source.zero_point)
-
-    def learn_rounding(self, context: Context, float_world: Stream, damping: float) -> bool:
-        """Round the weights again, for the inputs that reach the layer; never worse than to nearest on their covariance."""
-        op, axis, settings = self.original.op, self.site.axis, context.settings
-        source = self.original.inputs[0]
-        assert isinstance(source, Value)
-        matrix = weight_matrix(self.weight, op, axis)
-        groups = self.original.attr("group", 1) if op == "Conv" else 1
-        shape = (groups, matrix.shape[0] // groups, matrix.shape[1])
-        target, covariance = matrix.reshape(shape), None
-        pair_rule = settings.target == "any" and not self.site.depthwise
-        old = weight_matrix(self.stored.array(), op, axis)
-        start = old.reshape(shape)
-        if self.width <= compensation.WIDEST:
-            noisy = (self._input(x) for x in self.inputs)
-            folds = pair_moments(
-                self.original, self.weight.shape, float_world.values(source), noisy, len(self.inputs), settings.seed
-            )
-            target, strength = compensate(target, folds)
-            covariance = reduce(add, folds).covariances()[1]
-            if np.isfinite(strength):
-                start = nearest(target, self.scale.reshape(shape[:2]), pair_rule, settings.weight_top)
-        else:
-            samples = (self._input(x) for x in self.inputs)
-            covariance = input_covariance(self.original, self.weight.shape, samples, len(self.inputs), settings.seed)
-        rounded = second_order_round(
-            target,
-            self.scale.reshape(shape[:2]),
-            covariance,
-            start,
-            pair_rule=pair_rule,
-            damping=damping,
-            top=settings.weight_top,
-        ).reshape(matrix.shape)
-        if np.array_equal(rounded, old):
-            return False
-        self.stored.assign(weight_tensor(rounded, self.weight.shape, op, axis))
-        return True
-
-    def correct_bias(self, float_world: Stream) -> bool:
-        """Move the int32 bias by the difference of the mean outputs, in steps of Sx*Sw."""
-        site, source = self.site, self.original.inputs[0]
-        assert isinstance(source, Value)
-        wanted = linear_mean(self.original, self.weight, mean_of(float_world.values(source)))
-        shape = [1] * self.weight.ndim
-        shape[site.axis] = -1
-        rounded = self.stored.array().astype(np.float32) * self.scale.reshape(shape)
-        reached = linear_mean(self.original, rounded, mean_of(self._input(x) for x in self.inputs))
-        step = site.source.scale.astype(np.float64) * self.scale.astype(np.float64)
-        plain = site.node.constant(2)
-        if plain is not None:  # a target with float biases
-            plain.assign((plain.array() + wanted - reached).astype(np.float32))
-            return True
-        shift = np.rint((wanted - reached) / step).astype(np.int64)
-        bias = _integers(site.node, 2)
-        corrected = bias.array().astype(np.int64) + shift
-        check_accumulator(site, corrected, self.span)
-        bias.assign(corrected.astype(np.int32))
-        return bool(shift.any())
-
-
-def _integers(node: Node, index: int) -> Const:
-    producer = node.inputs[index].producer
-    constant = producer.constant(0) if producer is not None else None
-    if constant is None:
-        raise PassError(f"node '{node.label}': input {index} is not a dequantised constant")
-    return constant

@@ -97,7 +97,7 @@ def _round(graph: Graph, context: Context, site: LinearSite, importance: Array |
             candidates=8 if settings.effort == "fast" else 24,
             importance=importance,
             bias=bias.array(),
-            top=settings.weight_top,
+            top=settings.top_for(node.name),
             activation_top=context.activations.high - context.activations.low,
         )
     except ValueError as error:

@@ -57,9 +57,11 @@ class SearchRanges:
         if plan is None or original is None or plan.searched or settings.ranges != "mse" or settings.effort == "fast":
             return report
         plan.searched = True
-        errors = _measure(plan, original, context, self.samples)
-        for place, measured in errors.items():
-            low, high = _best(place, measured)
+        decided_by = _decided_by(plan, original)
+        if decided_by not in context.ranges:
+            errors = _measure(plan, original, context, self.samples)
+            context.ranges[decided_by] = [_best(p, errors[p]) if p in errors else (p.low, p.high) for p in plan.classes]
+        for place, (low, high) in zip(plan.classes, context.ranges[decided_by], strict=True):
             if (low, high) == (place.low, place.high):
                 continue
             place.low, place.high = low, high
@@ -69,6 +71,13 @@ class SearchRanges:
             place.zero_const.assign(np.asarray(place.zero_point, context.activations.dtype))
             report.rewrites += 1
         return report
+
+
+def _decided_by(plan: Plan, original: Graph) -> object:
+    """What the ranges of one model on one set of samples follow from: a compilation that differs elsewhere may take them over."""
+    classes = tuple((place.low, place.high, *place.tensors) for place in plan.classes)
+    nodes = [*(s.node for s in plan.linears), *(s.node for s in plan.adds), *(s.node for s in plan.pools)]
+    return classes, tuple(n.name for n in nodes), tuple((n.name, n.op) for n in original.nodes)
 
 
 def _measure(plan: Plan, original: Graph, context: Context, samples: int) -> dict[ScaleClass, _Errors]:

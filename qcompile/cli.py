@@ -52,6 +52,12 @@ _MAX_DROP = click.option(
     metavar="POINTS",
     help="Fail (exit status 3) where accuracy drops by more percentage points.",
 )
+_MIN_AGREEMENT = click.option(
+    "--min-agreement",
+    type=click.FloatRange(0, 1, min_open=True),
+    metavar="SHARE",
+    help="Fail (exit status 3) where fewer samples keep their class.",
+)
 _REPORT = click.option("--report", type=_FILE, metavar="FILE.json", help="Write the report as JSON.")
 _NO_LATENCY = click.option("--no-latency", is_flag=True, help="Do not measure latency.")
 _QUIET = click.option("--quiet", is_flag=True, help="Print nothing but errors.")
@@ -84,8 +90,9 @@ def cli() -> None:
 @_PREPROCESS
 @click.option("--eval", "eval_data", metavar="SPEC", help="Samples, best with labels, to measure the result on.")
 @_MAX_DROP
+@_MIN_AGREEMENT
 @_REPORT
-@click.option("--effort", type=LaterChoice(["fast", "default"], ["best"]), default="default", help="How hard to try.  [default]")
+@click.option("--effort", type=click.Choice(["fast", "default", "best"]), default="default", help="How hard to try.  [default]")
 @click.option("--ranges", type=click.Choice(["mse", "minmax", "percentile"]), default="mse", help="How ranges are chosen.  [mse]")
 @click.option("--exclude", multiple=True, metavar="NODE-OR-PATTERN", help="Keep nodes float; may be repeated.")
 @click.option("--opset", type=click.IntRange(min=1), metavar="N", help="Opset to write.")
@@ -127,6 +134,7 @@ def compile_command(
     block: str | None,
     eval_data: str | None,
     max_drop: float | None,
+    min_agreement: float | None,
     report: Path | None,
     no_bias_correction: bool,
     no_latency: bool,
@@ -137,6 +145,8 @@ def compile_command(
     """Compile MODEL."""
     if max_drop is not None and eval_data is None:
         raise click.UsageError("--max-drop compares on labelled samples; give them with --eval")
+    if min_agreement is not None and eval_data is None:
+        raise click.UsageError("--min-agreement compares on samples; give them with --eval")
     if options["preprocess"] is not None and options["data"] is None and eval_data is None:
         raise click.UsageError("--preprocess is for images; give them with --data or --eval")
     _check_report(report, model, output)
@@ -152,9 +162,11 @@ def compile_command(
                 block=None if block is None else int(block),
                 eval_data=eval_data,
                 max_drop=max_drop,
+                min_agreement=min_agreement,
                 bias_correction=not no_bias_correction,
                 latency=not no_latency,
                 compare_targets=report is not None and eval_data is not None and not no_compare_targets,
+                diagnose=report is not None,
                 progress=progress,
                 **options,
             )

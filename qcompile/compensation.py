@@ -30,13 +30,17 @@ WIDEST = 3072  # K: both folds' moments take 32 K^2 bytes, 0.3 GB here
 
 @dataclass
 class PairMoments:
-    """Sums over rows x (float) and x' (quantised), each shifted near its mean: [groups, K], [groups, K, K], and their count."""
+    """Sums over rows x (float) and x' (quantised), each shifted near its mean: [groups, K], [groups, K, K], and their count.
+
+    exact holds x x^T, where it was asked for.
+    """
 
     rows: int
     mean: FloatArray
     mean_noisy: FloatArray
     cross: FloatArray
     noisy: FloatArray
+    exact: FloatArray | None = None
 
     def __add__(self, other: PairMoments) -> PairMoments:
         return PairMoments(
@@ -45,6 +49,7 @@ class PairMoments:
             self.mean_noisy + other.mean_noisy,
             self.cross + other.cross,
             self.noisy + other.noisy,
+            None if self.exact is None or other.exact is None else self.exact + other.exact,
         )
 
     def covariances(self) -> tuple[FloatArray, FloatArray]:
@@ -53,13 +58,31 @@ class PairMoments:
         cross = self.cross / self.rows - mean[:, :, None] * noisy[:, None, :]
         return cross, self.noisy / self.rows - noisy[:, :, None] * noisy[:, None, :]
 
+    def error(self, weight: Array, stored: Array) -> float:
+        """E|W x - V x'|^2 summed over channels, means removed, for W and V [groups, channels, K]. Needs `exact`."""
+        assert self.exact is not None
+        matrix, other = np.asarray(weight, np.float64), np.asarray(stored, np.float64)
+        mean = self.mean / self.rows
+        cross, noisy = self.covariances()
+        own = self.exact / self.rows - mean[:, :, None] * mean[:, None, :]
+        parts = [(matrix @ own, matrix, 1.0), (matrix @ cross, other, -2.0), (other @ noisy, other, 1.0)]
+        return float(sum(factor * np.einsum("gck,gck->", left, right) for left, right, factor in parts))
+
 
 def pair_moments(
-    node: Node, weight_shape: tuple[int, ...], exact: Iterable[Array], noisy: Iterable[Array], count: int, seed: int = 0
+    node: Node,
+    weight_shape: tuple[int, ...],
+    exact: Iterable[Array],
+    noisy: Iterable[Array],
+    count: int,
+    seed: int = 0,
+    *,
+    with_exact: bool = False,
 ) -> list[PairMoments]:
     """Moments of the rows that Conv or Gemm `node` reads, at the same drawn positions of `exact` and `noisy`, in two folds.
 
     exact, noisy: the node's input in the float and in the quantised model for each of `count` samples. One sample: one fold.
+    with_exact: as well the moments that `PairMoments.error` needs.
     """
     folds: list[PairMoments | None] = [None] * min(_FOLDS, count)
     draws = [np.random.default_rng(seed) for _ in range(2)]
@@ -77,6 +100,7 @@ def pair_moments(
             b.sum(axis=1, dtype=np.float64),
             np.matmul(np.swapaxes(a, 1, 2), b).astype(np.float64),
             np.matmul(across, b).astype(np.float64),
+            np.matmul(np.swapaxes(a, 1, 2), a).astype(np.float64) if with_exact else None,
         )
         place = index * len(folds) // count
         known = folds[place]

@@ -13,6 +13,8 @@ from qcompile.qparams import ACTIVATIONS, ActivationType
 from qcompile.ranges import Observer
 from qcompile.runtime import Array, Feeds
 
+FLOAT_BITS = 32  # in `Settings.raised`: the layer stays float
+
 
 @dataclass(frozen=True)
 class WeightOnly:
@@ -38,8 +40,10 @@ class WeightOnly:
 class Settings:
     """Options of one compilation; every field changes the output and stands in the report.
 
-    format: qdq | qoperator; target: any | vnni | arm | tensorrt; ranges: mse | minmax | percentile; effort: fast | default.
-    exclude: node names or shell patterns that stay float. weight_only: set where activations stay float.
+    format: qdq | qoperator; target: any | vnni | arm | tensorrt; ranges: mse | minmax | percentile; effort: fast | default |
+    best.
+    exclude: node names or shell patterns that stay float. raised: (node, bits) of layers that a limit on the result needs to have
+    more bits than the others, `FLOAT_BITS` for float. weight_only: set where activations stay float.
     """
 
     bits: int = 8
@@ -53,15 +57,25 @@ class Settings:
     opset: int | None = None
     seed: int = 0
     weight_only: WeightOnly | None = None
+    raised: tuple[tuple[str, int], ...] = ()
 
     @property
     def weight_top(self) -> int:
-        """The largest magnitude of an integer weight: 127, or 7 for 4 bits."""
+        """The largest magnitude of an integer weight where nothing is raised: 127, or 7 for 4 bits."""
         return int(2 ** (self.bits - 1) - 1)
+
+    def bits_for(self, name: str) -> int:
+        """The width of node `name`'s weights."""
+        return dict(self.raised).get(name, self.bits)
+
+    def top_for(self, name: str) -> int:
+        """The largest magnitude of an integer weight of node `name`."""
+        return int(2 ** (self.bits_for(name) - 1) - 1)
 
     def excluded(self, name: str) -> bool:
         """Whether node `name` is to stay float."""
-        return any(name == pattern or fnmatchcase(name, pattern) for pattern in self.exclude)
+        patterns = any(name == pattern or fnmatchcase(name, pattern) for pattern in self.exclude)
+        return patterns or self.bits_for(name) == FLOAT_BITS
 
 
 @dataclass
@@ -73,6 +87,8 @@ class Context:
     how many the last sweep saw. synthetic: whether they are made up; batch_norms: what the model itself then says about its
     tensors. progress: called with a stage's name as work goes on.
     samples: a bounded list of calibration feeds (axis 0 the batch) that promise checks and the walk use.
+    ranges: (low, high) of each scale class by what decided it; of use to the next compilation of the same model.
+    diagnose: whether each layer's part in the error is to be measured (it changes no byte of the output).
     """
 
     settings: Settings = field(default_factory=Settings)
@@ -83,6 +99,8 @@ class Context:
     calibration: Callable[[], Iterable[Feeds]] = tuple
     calibrated: int = 0
     synthetic: bool = False
+    ranges: dict[object, list[tuple[float, float]]] = field(default_factory=dict)
+    diagnose: bool = False
     batch_norms: list[BatchNormRecord] = field(default_factory=list)
     progress: Callable[[str], None] | None = None
 

@@ -47,12 +47,16 @@ class Dataset:
         *,
         indices: Sequence[int] | None = None,
         limit: int | None = None,
+        start: int = 0,
+        step: int = 1,
     ) -> None:
         self.spec = spec
         self._inputs = tuple(inputs)
         self._source = source
         self._indices = indices
         self._limit = limit
+        self._start = start
+        self._step = step
         self._has_labels: bool | None = None
 
     @property
@@ -69,7 +73,7 @@ class Dataset:
 
     def __iter__(self) -> Iterator[Sample]:
         labelled: bool | None = None
-        for row in islice(self._source.rows(self._indices), self._limit):
+        for row in islice(self._source.rows(self._indices), self._start, self._limit, self._step):
             sample = Sample(conform(row.feeds, self._inputs, row.origin), as_label(row.label, row.origin))
             if labelled is None:
                 labelled = sample.label is not None
@@ -97,13 +101,26 @@ class Dataset:
             raise DataError(f"{self.spec}: {count} samples were asked for; ask for at least 1")
         total = self.count
         if total is None:
-            limit = count if self._limit is None else min(count, self._limit)
-            return Dataset(self.spec, self._inputs, self._source, limit=limit)
+            stop = self._start + count * self._step
+            limit = stop if self._limit is None else min(stop, self._limit)
+            return Dataset(self.spec, self._inputs, self._source, limit=limit, start=self._start, step=self._step)
         if count >= total:
             return self
         drawn = np.sort(np.random.default_rng(seed).choice(total, size=count, replace=False))
         chosen = [int(i) if self._indices is None else self._indices[int(i)] for i in drawn]
         return Dataset(self.spec, self._inputs, self._source, indices=chosen)
+
+    def halves(self) -> tuple[Dataset, Dataset]:
+        """Every other sample from the first on, and the others: two parts without a common sample, in the order of the source."""
+        if self.count is None:  # only running through them tells how many there are
+            first, second = (
+                Dataset(self.spec, self._inputs, self._source, limit=self._limit, start=start, step=2 * self._step)
+                for start in (self._start, self._start + self._step)
+            )
+            return first, second
+        indices = self._indices if self._indices is not None else range(self.count)
+        first, second = (Dataset(self.spec, self._inputs, self._source, indices=list(indices[i::2])) for i in (0, 1))
+        return first, second
 
 
 def load_dataset(

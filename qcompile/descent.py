@@ -58,9 +58,7 @@ def descend(
     return np.where(((gained > 0) & better)[:, :, None], moved, start).astype(np.int8)
 
 
-def _sweep(
-    q: FloatArray, gradient: FloatArray, hessian: FloatArray, steps: FloatArray, top: int, pair_rule: bool
-) -> bool:
+def _sweep(q: FloatArray, gradient: FloatArray, hessian: FloatArray, steps: FloatArray, top: int, pair_rule: bool) -> bool:
     """Every column once, in place; `gradient` is H e, [groups, K, channels]. Returns whether anything moved."""
     width = q.shape[1]
     paired = width // 2 * 2 if pair_rule and 2 * top > PAIR_LIMIT else 0

@@ -12,14 +12,14 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "format": ("qdq", "qoperator"),
     "target": ("any", "vnni", "arm", "tensorrt"),
     "ranges": ("mse", "minmax", "percentile"),
-    "effort": ("fast", "default"),
+    "effort": ("fast", "default", "best"),
     "inputs_as": ("float32", "uint8"),
 }
 BLOCKS = (32, 64, 128)
 SPELLINGS = ("matmulnbits", "portable")
 
 
-def check_settings(settings: Settings, max_drop: float | None, has_evaluation: bool) -> None:
+def check_settings(settings: Settings, max_drop: float | None, has_evaluation: bool, min_agreement: float | None = None) -> None:
     """Raise InputError for a value that is not offered, or options that cannot go together."""
     if settings.bits not in (4, 8):
         raise InputError(f"--bits {settings.bits}: this version writes weights of 8 or 4 bits; use one of them")
@@ -38,6 +38,10 @@ def check_settings(settings: Settings, max_drop: float | None, has_evaluation: b
         raise InputError("--max-drop compares with the true answers; give --eval data with labels")
     if max_drop is not None and not 0 <= max_drop <= 100:
         raise InputError(f"--max-drop {max_drop:g}: give percentage points between 0 and 100")
+    if min_agreement is not None and not has_evaluation:
+        raise InputError("--min-agreement compares both models on samples; give them with --eval")
+    if min_agreement is not None and not 0 < min_agreement <= 1:
+        raise InputError(f"--min-agreement {min_agreement:g}: give a share above 0 and at most 1, such as .99")
 
 
 def weight_only_of(

@@ -5,24 +5,27 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import qcompile
+from qcompile.accuracy import Accuracy
 from qcompile.audit import Audit, audit
-from qcompile.check import Measured, Progress, broke_limit, fusion_json, judge, measure, nodes_json
+from qcompile.check import Measured, Progress, fusion_json, measure, nodes_json
 from qcompile.compact import compact
 from qcompile.compare_targets import FREE, both_targets
 from qcompile.context import Context, Settings
 from qcompile.convert import lower_opset
 from qcompile.data import Dataset, load_dataset
 from qcompile.errors import DataError, InputError, LimitError, PassError, QcompileError
+from qcompile.fallback import LEAST_SAMPLES, Found, Raised, Trial, search
 from qcompile.graph import Graph
 from qcompile.graph_io import forget_inner_types, load_proto, write_model
 from qcompile.integer_inputs import take_integers
+from qcompile.limits import Limits
 from qcompile.load import Loaded, load_model
 from qcompile.made_up import make_up
 from qcompile.names import names_of, shorten_names
@@ -36,6 +39,7 @@ from qcompile.samples import model_inputs
 from qcompile.tensors import is_external, location
 
 _CHECK_FEEDS = 2
+_Ranges: TypeAlias = dict[object, list[tuple[float, float]]]
 _OWN_SAMPLES = 32  # calibration samples that stand in where no --eval is given
 
 
@@ -66,6 +70,7 @@ def compile_model(
     samples: int | None = None,
     eval_data: str | Path | Dataset | None = None,
     max_drop: float | None = None,
+    min_agreement: float | None = None,
     ranges: str = "mse",
     effort: str = "default",
     exclude: Sequence[str] = (),
@@ -82,16 +87,20 @@ def compile_model(
     dump_passes: str | Path | None = None,
     latency: bool = True,
     compare_targets: bool = False,
+    diagnose: bool = False,
     progress: Progress | None = None,
 ) -> Compiled:
     """Compile a float ONNX model to an integer one, write it and measure it against the original.
 
-    data, eval_data: a SPEC (see `qcompile.data`) or a Dataset; `eval_data` never changes the written bytes.
+    data, eval_data: a SPEC (see `qcompile.data`) or a Dataset; without a limit `eval_data` never changes the written bytes.
     activations: int8, or float for weight-only INT4, whose options are block, symmetric, spelling and accuracy_level.
-    max_drop: the largest drop of top-1 accuracy, in percentage points, that `eval_data` (with labels) must not contradict.
+    max_drop: the largest drop of top-1 accuracy, in percentage points, that `eval_data` (with labels) must not contradict;
+    min_agreement: the least share of samples that keep their class. Where a limit does not hold on one half of `eval_data`,
+    layers are raised to 8 bits, then to float, until it does; the verdict is on the other half (`qcompile.fallback`).
     compare_targets: where target is `any`, effort is not `fast` and there is `eval_data`, also say what `vnni` would have given.
+    diagnose: measure each layer's part in the error as well (the report's `layers`); the written bytes stay the same.
     Returns the written path and the report. Raises InputError, ModelError or DataError (exit status 2), PassError (1), and
-    LimitError (3) where the samples show that `max_drop` is broken: the file is then kept with `.failed` before its suffix.
+    LimitError (3) where the samples show that a limit is broken: the file is then kept with `.failed` before its suffix.
 
     >>> compiled = compile_model("models/digits_cnn.onnx", data="models/digits_calib.npz")  # doctest: +SKIP
     >>> compiled.report["accuracy"]["sqnr_db"]  # doctest: +SKIP
@@ -110,32 +119,29 @@ def compile_model(
         seed=seed,
         weight_only=weight_only_of(activations, block, symmetric, spelling, accuracy_level),
     )
-    check_settings(settings, max_drop, eval_data is not None)
+    check_settings(settings, max_drop, eval_data is not None, min_agreement)
+    limits = Limits(max_drop, min_agreement)
     source = Path(model)
     path = output_path(source, output, bits)
     loaded = load_model(source)
-    known = names_of(loaded.graph)
     given = _open_data(loaded.graph, data, eval_data, samples, preprocess, settings)
     if max_drop is not None and given.evaluation is not None and not given.evaluation.has_labels:
         raise DataError("--max-drop compares with the true answers; give --eval data with labels")
     _check_excluded(loaded.graph, settings)
-    context = Context(settings, calibration=lambda: (s.feeds for s in given.calibration))
-    context.synthetic = given.kind == "synthetic"
-    context.progress = _stages(progress, given)
-    rows = _run_passes(loaded.graph, context, given, Path(dump_passes) if dump_passes is not None else None)
-    if inputs_as != "float32":
-        take_integers(loaded.graph)
-    if opset is not None:
-        lower_opset(loaded.graph, opset)
-    forget_inner_types(loaded.graph)
-    compact(loaded.graph)
-    shorten_names(loaded.graph, known)
-    _stamp(loaded, settings)
-    loaded.graph.save(path)
+    compiler = _Compiler(source, path, given, diagnose or limits.given, progress)
+    built = compiler.build(loaded, settings, Path(dump_passes) if dump_passes is not None else None)
     try:
+        found = None
+        if limits.given and given.evaluation is not None:
+            chosen_by, judged_on = given.evaluation.halves()
+            may_raise = sum(1 for _ in islice(given.evaluation, 2)) == 2  # else there is nothing left to judge on
+            found = search(compiler.trials(built, chosen_by), limits, bits, may_raise=may_raise)
+            built = found.best.built
+            built.loaded.graph.save(path)
+            given = replace(given, evaluation=judged_on if found.moves else given.evaluation)
         audited = audit(path)
         measured, measured_on = _measure(source, path, given, latency, effort, progress)
-        report = _report(source, path, loaded, settings, rows, audited, measured, context, given)
+        report = _report(source, path, built, audited, measured, given)
         report["data"]["evaluation"] = measured_on
         report["seconds"] = round(time.perf_counter() - start, 3)
         report["peak_rss_mb"] = peak_rss_mb()
@@ -148,8 +154,8 @@ def compile_model(
         _discard(path)
         raise
     compiled = Compiled(path, report)
-    if max_drop is not None:
-        compiled = _enforce(compiled, measured, max_drop)
+    if found is not None and measured.accuracy is not None:
+        compiled = _enforce(compiled, measured.accuracy, limits, found)
     return compiled
 
 
@@ -164,6 +170,61 @@ def _compare_targets(path: Path, report: dict[str, Any], again: Callable[..., Co
         report["targets"] = both_targets(path, report, lambda other: again(output=other, progress=shown).report)
     except QcompileError as error:
         report["warnings"].append(f"target {FREE} was not measured: {error}")
+
+
+@dataclass(frozen=True)
+class _Built:
+    """A compiled model in memory, with what is to be told of its compilation."""
+
+    loaded: Loaded
+    rows: list[dict[str, Any]]
+    context: Context
+
+
+@dataclass(frozen=True)
+class _Compiler:
+    """Compiles one source, once as asked and again with layers raised; every build is written to `path`."""
+
+    source: Path
+    path: Path
+    given: _Data
+    diagnose: bool
+    progress: Progress | None
+
+    def build(self, loaded: Loaded, settings: Settings, dump: Path | None = None, ranges: _Ranges | None = None) -> _Built:
+        """Run all passes on `loaded` and write the result. ranges: those of an earlier build, taken over where they fit."""
+        given, graph = self.given, loaded.graph
+        known = names_of(graph)
+        context = Context(settings, calibration=lambda: (s.feeds for s in given.calibration))
+        context.ranges = {} if ranges is None else ranges
+        context.diagnose = self.diagnose
+        context.synthetic = given.kind == "synthetic"
+        context.progress = _stages(self.progress, given)
+        rows = _run_passes(graph, context, given, dump)
+        if settings.inputs_as != "float32":
+            take_integers(graph)
+        if settings.opset is not None:
+            lower_opset(graph, settings.opset)
+        forget_inner_types(graph)
+        compact(graph)
+        shorten_names(graph, known)
+        _stamp(loaded, settings)
+        graph.save(self.path)
+        return _Built(loaded, rows, context)
+
+    def trials(self, first: _Built, part: Dataset) -> Callable[[Raised], Trial[_Built]]:
+        """What `search` tries with: `first` as it stands, and builds with layers raised; measured on `part`."""
+
+        def compile_with(raised: Raised) -> Trial[_Built]:
+            built = first
+            if raised:
+                settings = replace(first.context.settings, raised=raised)
+                built = self.build(load_model(self.source), settings, ranges=first.context.ranges)
+            accuracy = measure(self.source, self.path, part, latency=False, progress=self.progress).accuracy
+            assert accuracy is not None  # there was a dataset
+            return Trial(raised, accuracy, None if built.context.plan is None else built.context.plan.layers, built)
+
+        return compile_with
 
 
 def _discard(path: Path) -> None:
@@ -310,17 +371,8 @@ def _measure(
     return measure(source, path, own, latency=latency, progress=progress), {"kind": kind}
 
 
-def _report(
-    source: Path,
-    path: Path,
-    loaded: Loaded,
-    settings: Settings,
-    rows: list[dict[str, Any]],
-    audited: Audit,
-    measured: Measured,
-    context: Context,
-    given: _Data,
-) -> dict[str, Any]:
+def _report(source: Path, path: Path, built: _Built, audited: Audit, measured: Measured, given: _Data) -> dict[str, Any]:
+    settings, loaded, plan = built.context.settings, built.loaded, built.context.plan
     warnings = [*given.warnings, *measured.warnings]
     if given.evaluation is None:
         where = "calibration samples" if given.kind == "real" else "synthetic inputs"
@@ -330,14 +382,15 @@ def _report(
         "source": {"path": str(source), "sha256": loaded.source_sha256},
         "output": file_record(path),
         "settings": {name: _plain(value) for name, value in asdict(settings).items()},
-        "passes": rows,
-        **_weights(settings, context),
+        "passes": built.rows,
+        **_weights(settings, built.context),
+        **({} if plan is None or plan.layers is None else {"layers": [layer.as_json() for layer in plan.layers]}),
         "accuracy": measured.accuracy_json(),
         "latency_ms": measured.latency_json(),
         "size_bytes": measured.size_json(),
         "nodes": nodes_json(audited),
         "fusion": fusion_json(audited),
-        "data": {"calibration": given.kind, "samples": context.calibrated},
+        "data": {"calibration": given.kind, "samples": built.context.calibrated},
         "notes": loaded.notes,
         "warnings": warnings,
     }
@@ -356,15 +409,24 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _enforce(compiled: Compiled, measured: Measured, max_drop: float) -> Compiled:
-    """The verdict on --max-drop; where it is broken the file is renamed and LimitError raised. Too few samples break nothing."""
-    assert measured.accuracy is not None
-    verdict = judge(measured.accuracy, max_drop)
-    compiled.report["verdict"] = verdict.as_json()
-    if not broke_limit(verdict):
+def _enforce(compiled: Compiled, accuracy: Accuracy, limits: Limits, found: Found[_Built]) -> Compiled:
+    """The verdict on the limits; where one is broken the file is renamed and LimitError raised. Too few samples break nothing."""
+    verdicts, broken = limits.verdicts(accuracy)
+    compiled.report.update(verdicts)
+    compiled.report["fallback"] = found.as_json(accuracy.samples)
+    if not found.enough:
+        compiled.report["warnings"].append(
+            f"--eval has fewer than {2 * LEAST_SAMPLES} samples, too few to choose layers by and to judge: no layer was raised"
+        )
+    elif not found.held and not found.moves:
+        compiled.report["warnings"].append(
+            f"{limits}: not held on {found.best.accuracy.samples} samples, and no layer can be raised"
+        )
+    elif broken is None and not found.held:
+        broken = f"{limits}: not held on the {found.best.accuracy.samples} samples to choose by, whatever was raised"
+    if broken is None:
         return compiled
     kept = compiled.path.with_suffix(".failed" + compiled.path.suffix)
     compiled.path.replace(kept)
     compiled.report["output"]["path"] = str(kept)
-    failed = Compiled(kept, compiled.report)
-    raise LimitError(f"--max-drop {max_drop:g}: {verdict.reason}; the file is kept as {kept}", failed)
+    raise LimitError(f"{broken}; the file is kept as {kept}", Compiled(kept, compiled.report))

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from onnx import TensorProto
 
-from qcompile.context import Settings
+from qcompile.context import FLOAT_BITS, Settings
 from qcompile.graph import Const, Graph, Node, Tensor, Value
 
 _DATA_ONLY = {
@@ -212,6 +212,8 @@ def linear_refusal(node: Node, settings: Settings) -> str | None:
     """None where `node` becomes an integer kernel; "" where it is no weighted node; else the reason why it stays float."""
     if node.op not in ("Conv", "Gemm", "MatMul", "ConvTranspose"):
         return ""
+    if settings.bits_for(node.name) == FLOAT_BITS:
+        return "raised to float to hold the limit"
     if settings.excluded(node.name):
         return "excluded by --exclude"
     if node.op == "ConvTranspose":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
@@ -53,7 +53,9 @@ class PoolSite:
 @dataclass(eq=False)
 class LinearSite:
     """An integer Conv or Gemm. `result` is None where it ends in float. Its weights' channel axis is `axis`;
-    `weight_scale` and `stored`, its scales and integers, are there from `round_weights` on."""
+    `weight_scale` and `stored`, its scales and integers, are there from `round_weights` on. `output` names the float model's
+    tensor that it computes, folded Relu/Clip included. `method`: how its weights were rounded; `gain_db`: what that gained over
+    round to nearest on the layer's own output, where it was measured."""
 
     node: Node
     source: ScaleClass
@@ -62,6 +64,9 @@ class LinearSite:
     depthwise: bool
     weight_scale: np.ndarray[tuple[int], np.dtype[np.float32]] | None = None
     stored: Const | None = None
+    output: str = ""
+    method: str = "nearest"
+    gain_db: float | None = None
 
 
 @dataclass(eq=False)
@@ -72,6 +77,36 @@ class ClampSite:
     place: ScaleClass
     floor: float
     ceiling: float
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """What the diagnosis found of one integer Conv or Gemm `node`.
+
+    bits, weights: the width and the number of its weights. sqnr_in_db, sqnr_out_db: its input and output in the quantised model
+    against the float model's same tensors; own_db: its output where everything before it is float, so what this layer alone
+    costs. None stands for no error at all. low, high: the range of its input. saturation: the share of its output's integers
+    (its input's where it ends in float) at an end of the range that clips. method, gain_db: see `LinearSite`.
+    """
+
+    node: str
+    op: str
+    bits: int
+    weights: int
+    sqnr_in_db: float | None
+    sqnr_out_db: float | None
+    own_db: float | None
+    method: str
+    gain_db: float | None
+    low: float
+    high: float
+    saturation: float
+
+    def as_json(self) -> dict[str, object]:
+        """One entry of the report's `layers`."""
+        entry = asdict(self)
+        entry["range"] = [entry.pop("low"), entry.pop("high")]
+        return entry
 
 
 @dataclass
@@ -85,3 +120,4 @@ class Plan:
     clamps: list[ClampSite] = field(default_factory=list)
     searched: bool = False
     refined: bool = False
+    layers: list[LayerRecord] | None = None  # the diagnosis, where it was asked for

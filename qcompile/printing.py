@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # they load onnxruntime, which `--help` need not wait for
 
 _LOG_WIDTH = 10_000  # where there is no terminal: nothing is broken into lines, so that it can be searched
 _REDRAW_SECONDS = 0.1
+_WORST = 3  # layers that the summary names
 _MOST_LINES = 12  # of one kind of finding; the JSON report has them all
 
 
@@ -86,13 +87,16 @@ def print_report(report: Mapping[str, Any], out: Console) -> None:
     if report.get("passes"):
         out.print(_pass_table(report["passes"]))
     out.print(_result_table(report))
-    for line in _float_lines(report):
+    for line in (*_float_lines(report), *_worst_lines(report)):
         out.print(line)
     if report.get("targets"):
         out.print(_targets_line(report["targets"]))
-    verdict = report.get("verdict")
-    if verdict:
-        out.print(f"limit: {verdict['outcome']}: {verdict['reason']}")
+    for line in _raised_lines(report):
+        out.print(line)
+    for key in ("verdict", "agreement_verdict"):
+        verdict = report.get(key)
+        if verdict:
+            out.print(f"limit: {verdict['outcome']}: {verdict['reason']}")
     for warning in report.get("warnings") or ():
         out.print(f"warning: {warning}")
 
@@ -275,6 +279,31 @@ def _targets_line(targets: Mapping[str, Any]) -> str:
     line = "targets: " + "; ".join(sides)
     line += "" if cost is None else f"; the same bits everywhere cost {cost:.2f} dB"
     return line + (f": {reason}" if reason else "")
+
+
+def _worst_lines(report: Mapping[str, Any]) -> Iterable[str]:
+    """The layers that cost most, each measured alone; those without any error are never named."""
+    noisy = [layer for layer in report.get("layers") or () if layer["own_db"] is not None]
+    for layer in sorted(noisy, key=lambda found: float(found["own_db"]))[:_WORST]:
+        at_end = f"{_decibels(layer['sqnr_out_db'])} dB with all before it"
+        yield f"costs most: {layer['op']} {layer['node']} ({layer['bits']} bits): {layer['own_db']:.2f} dB alone, {at_end}"
+
+
+def _raised_lines(report: Mapping[str, Any]) -> Iterable[str]:
+    """Which layers were raised to hold a limit, and on how many samples that was decided."""
+    fallback = report.get("fallback")
+    if not fallback or not fallback["raised"]:
+        return
+    held = "holds" if fallback["held"] else "does not hold even so"
+    raised = f"{len(fallback['raised'])} layer{'s' if len(fallback['raised']) != 1 else ''} raised"
+    yield f"{raised}; the limit {held} on the {fallback['samples']['search']} samples to choose by"
+    yield from _cut([_raised_line(move) for move in fallback["raised"]])
+
+
+def _raised_line(move: Mapping[str, Any]) -> str:
+    width = "float" if move["to_bits"] == 32 else f"{move['to_bits']} bits"
+    why = f"{_decibels(move['own_db'])} dB alone, for {_bytes(move['bytes_added'])}"
+    return f"raised: {move['op']} {move['node']} from {move['from_bits']} bits to {width}: {why}"
 
 
 def _leftover_line(op: str, reason: str, nodes: list[str]) -> str:

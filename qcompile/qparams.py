@@ -223,6 +223,24 @@ def _least_scale(matrix: FloatArray, bias: Array | None, input_scale: float, act
     return floor
 
 
+def grid_scales(wanted: FloatArray, input_scale: np.float32, output_scale: np.float32 | None) -> npt.NDArray[np.float32]:
+    """The float32 scales nearest to `wanted` [channels] whose multiplier is exactly b/2^16; any scale where no rescale follows.
+
+    Raises ValueError where there is none.
+    """
+    try:
+        return _on_grid(wanted, input_scale, output_scale)[0]
+    except _NoScale as missing:
+        raise ValueError(
+            f"channel {missing.channel}: no weight scale makes {input_scale} * Sw / {output_scale} dyadic"
+        ) from missing
+
+
+def least_scales(matrix: FloatArray, bias: Array | None, input_scale: float, activation_top: int) -> FloatArray:
+    """The scales [channels] that `matrix` [channels, K] and `bias` [channels] need at least for an int32 accumulator."""
+    return _least_scale(np.asarray(matrix, np.float64), bias, input_scale, activation_top)
+
+
 def _on_grid(
     wanted: FloatArray, input_scale: np.float32, output_scale: np.float32 | None
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:

@@ -106,6 +106,7 @@ def test_defaults_reach_the_pipeline(command: Command, pipeline: FakePipeline) -
         "samples": None,
         "eval_data": None,
         "max_drop": None,
+        "min_agreement": None,
         "ranges": "mse",
         "effort": "default",
         "exclude": (),
@@ -117,6 +118,7 @@ def test_defaults_reach_the_pipeline(command: Command, pipeline: FakePipeline) -
         "dump_passes": None,
         "latency": True,
         "compare_targets": False,
+        "diagnose": False,
     }
     assert "fold_bn" in out
     assert "2 x weight is shared" in out
@@ -127,7 +129,8 @@ def test_defaults_reach_the_pipeline(command: Command, pipeline: FakePipeline) -
 
 def test_every_option_reaches_the_pipeline(command: Command, pipeline: FakePipeline, tmp_path: Path) -> None:
     args = "-o out.onnx --bits 8 --format qoperator --target vnni --data d.npz --samples 7 --preprocess imagenet --eval e.npz "
-    args += "--max-drop 0.5 --effort fast --ranges percentile --exclude head --exclude /b/* --opset 17 --inputs-as uint8 "
+    args += "--max-drop 0.5 --min-agreement .9 "
+    args += "--effort fast --ranges percentile --exclude head --exclude /b/* --opset 17 --inputs-as uint8 "
     args += "--no-bias-correction --dump-passes dump --seed 3 --no-latency --quiet"
     report = tmp_path / "r.json"
     status, out, err = command("m.onnx", *args.split(), "--report", report)
@@ -143,6 +146,7 @@ def test_every_option_reaches_the_pipeline(command: Command, pipeline: FakePipel
         "samples": 7,
         "eval_data": "e.npz",
         "max_drop": 0.5,
+        "min_agreement": 0.9,
         "ranges": "percentile",
         "effort": "fast",
         "exclude": ("head", "/b/*"),
@@ -154,6 +158,7 @@ def test_every_option_reaches_the_pipeline(command: Command, pipeline: FakePipel
         "dump_passes": Path("dump"),
         "latency": False,
         "compare_targets": True,
+        "diagnose": True,  # a report was asked for
     }
     assert json.loads(report.read_text()) == REPORT
 
@@ -207,6 +212,8 @@ def test_a_subcommands_name_wins_over_a_file(command: Command, pipeline: FakePip
         pytest.param(["m.onnx", "--effort", "best"], "best is not implemented", id="best effort"),
         pytest.param(["m.onnx", "--target", "z80"], "'--target'", id="target"),
         pytest.param(["m.onnx", "--max-drop", "1"], "give them with --eval", id="limit without samples"),
+        pytest.param(["m.onnx", "--min-agreement", ".9"], "give them with --eval", id="agreement without samples"),
+        pytest.param(["m.onnx", "--min-agreement", "0", "--eval", "e.npz"], "0<x<=1", id="agreement of nothing"),
         pytest.param(["m.onnx", "--eval", "e.npz", "--max-drop", "101"], "'--max-drop'", id="limit out of range"),
         pytest.param(["m.onnx", "--preprocess", "imagenet"], "--data or --eval", id="preprocess without images"),
         pytest.param(["m.onnx", "--dump-passes", CNN], "is a file", id="dump into a file"),

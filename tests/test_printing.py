@@ -229,3 +229,25 @@ def test_progress_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "4/10" in text
     assert "latency" in text.rpartition("4/10")[2]
     assert "None" not in text
+
+
+def test_raised_layers_and_both_limits() -> None:
+    moves = [
+        {"node": f"n{i}", "op": "Conv", "from_bits": 4, "to_bits": 32 if i == 0 else 8, "own_db": 20.5, "bytes_added": 1500}
+        for i in range(14)
+    ]
+    lines = printed(
+        {
+            "fallback": {"held": True, "raised": moves, "samples": {"search": 250, "verdict": 250}},
+            "verdict": {"outcome": "pass", "reason": "drop 0.1"},
+            "agreement_verdict": {"outcome": "fail", "reason": "agreement .9"},
+        }
+    )
+    assert "14 layers raised; the limit holds on the 250 samples to choose by" in lines
+    assert "raised: Conv n0 from 4 bits to float: 20.50 dB alone, for 1.50 kB" in lines
+    assert "raised: Conv n1 from 4 bits to 8 bits: 20.50 dB alone, for 1.50 kB" in lines
+    assert "... and 2 more like it; the JSON report (--report) lists all" in lines
+    assert lines[-2:] == ["limit: pass: drop 0.1", "limit: fail: agreement .9"]
+    failed = {"held": False, "raised": moves[:1], "samples": {"search": 50, "verdict": 50}}
+    assert "1 layer raised; the limit does not hold even so on the 50 samples to choose by" in printed({"fallback": failed})
+    assert not any("raised" in line for line in printed({"fallback": {"raised": []}}))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from qcompile.graph import Array
 from qcompile.qparams import round_pairs
-from qcompile.rounding import second_order_round
+from qcompile.rounding import rounding_gain_db, second_order_round
 
 seeds = st.integers(0, 2**32 - 1)
 
@@ -202,3 +202,26 @@ def test_a_moment_that_is_not_finite_is_refused() -> None:
     moment[0, 2, 2] = np.inf
     with pytest.raises(FloatingPointError, match="not finite"), np.errstate(all="ignore"):
         second_order_round(weight, scale, moment, start_of(weight, scale, True), pair_rule=True)
+
+
+@given(seed=seeds)
+@settings(max_examples=20, deadline=None)
+def test_the_gain_is_that_of_the_layers_squared_output_error(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    weight, scale, _ = layer(seed, 2, 3, 6, 20)
+    x = rng.normal(size=(2, 20, 6))
+    before = start_of(weight, scale, pair_rule=False)
+    after = np.clip(before + rng.integers(-1, 2, before.shape), -127, 127).astype(np.int8)
+    noise = []
+    for q in (before, after):
+        wrong = weight.astype(np.float64) - q.astype(np.float64) * scale[..., None].astype(np.float64)
+        noise.append(sum(float(np.square(x[g] @ wrong[g].T).sum()) for g in range(2)))
+    gain = rounding_gain_db(weight, scale, np.swapaxes(x, 1, 2) @ x, before, after)
+    assert gain == pytest.approx(10 * np.log10(noise[0] / noise[1]), abs=1e-6)
+
+
+def test_without_error_there_is_no_gain_to_tell() -> None:
+    weight, scale = np.ones((1, 1, 2), np.float32), np.ones((1, 1), np.float32)
+    exact, off = np.ones((1, 1, 2), np.int8), np.zeros((1, 1, 2), np.int8)
+    assert rounding_gain_db(weight, scale, np.eye(2)[None], off, exact) is None
+    assert rounding_gain_db(weight, scale, np.eye(2)[None], exact, off) is None

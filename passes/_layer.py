@@ -1,0 +1,168 @@
+"""One linear node while it is refined: its float original, what really reaches it, and its stored integers, scales and bias."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import reduce
+from operator import add
+
+import numpy as np
+
+from qcompile import compensation
+from qcompile.compensation import PairMoments, compensate, pair_moments
+from qcompile.context import Context
+from qcompile.errors import PassError
+from qcompile.graph import Const, Node, Value
+from qcompile.lattice import Grid, round_on_lattice
+from qcompile.moments import input_covariance
+from qcompile.passes.integer_bias import check_accumulator
+from qcompile.passes.round_weights import weight_matrix, weight_tensor
+from qcompile.plan import LinearSite
+from qcompile.qparams import least_scales
+from qcompile.rounding import nearest
+from qcompile.runtime import Array
+from qcompile.walk import Stream, dequantise, linear_mean, mean_of
+
+# Scales tried for a layer whose weights are narrow enough that the choice matters, by effort.
+_CANDIDATES = {"fast": 0, "default": 8, "best": 32}
+
+
+class Layer:
+    """A `site` of the plan; both worlds are walked up to its input."""
+
+    def __init__(self, site: LinearSite, original: Node, worlds: tuple[Stream, Stream], context: Context) -> None:
+        float_world, integer_world = worlds
+        self.site = site
+        self.context = context
+        self.original = original
+        self.span = context.activations.high - context.activations.low
+        self.top = context.settings.top_for(site.node.name)
+        weight, reader, source = original.constant(1), site.node.inputs[0].producer, original.inputs[0]
+        assert weight is not None and reader is not None and site.weight_scale is not None and isinstance(source, Value)
+        self.weight = weight.array()
+        self.scale = site.weight_scale
+        self.stored = _integers(site.node, 1)
+        integers = reader.inputs[0]
+        assert isinstance(integers, Value)
+        self.integers = integer_world.values(integers)
+        self.exact = float_world.values(source)
+
+    @property
+    def width(self) -> int:
+        """K, the length of the products' reduction."""
+        return int(self.weight.size // self.weight.shape[self.site.axis])
+
+    def inputs(self) -> Iterator[Array]:
+        """The quantised input of each sample, as float32 values."""
+        return (dequantise(x, self.site.source.scale, self.site.source.zero_point) for x in self.integers)
+
+    def learn_rounding(self, damping: float) -> bool:
+        """Choose integers and scales for the inputs that reach the layer. Returns whether anything moved."""
+        op, axis, settings = self.original.op, self.site.axis, self.context.settings
+        matrix = weight_matrix(self.weight, op, axis)
+        groups = self.original.attr("group", 1) if op == "Conv" else 1
+        weight = matrix.reshape(groups, matrix.shape[0] // groups, matrix.shape[1])
+        steps = self.scale.reshape(weight.shape[:2])
+        pair_rule = settings.target == "any" and not self.site.depthwise
+        target, strength, folds = np.asarray(weight, np.float64), np.inf, self._folds()
+        if folds is None:
+            count = len(self.integers)
+            covariance = input_covariance(self.original, self.weight.shape, self.inputs(), count, settings.seed)
+        else:
+            covariance = reduce(add, folds).covariances()[1]
+            target, strength = compensate(weight, folds)
+        grid = Grid(
+            np.float32(self.site.source.scale),
+            None if self.site.result is None else np.float32(self.site.result.scale),
+            pair_rule,
+            self.top,
+            damping,
+            _CANDIDATES[settings.effort] if self.top < 100 else 0,
+        )
+        integers, scale = round_on_lattice(target, steps, covariance, self._least(target), grid)
+        old = weight_matrix(self.stored.array(), op, axis)
+        changed = not np.array_equal(integers.reshape(old.shape), old) or not np.array_equal(scale, steps)
+        if not changed:
+            return False
+        self.site.method = "second order, descent" + (", compensated" if np.isfinite(strength) else "")
+        if folds is not None and self.context.diagnose:
+            plain = nearest(weight, steps, pair_rule, self.top) * steps[:, :, None].astype(np.float64)
+            self.site.gain_db = _gain(reduce(add, folds), weight, plain, integers * scale[:, :, None].astype(np.float64))
+        self.stored.assign(weight_tensor(integers.reshape(matrix.shape), self.weight.shape, op, axis))
+        self._set_scale(scale.reshape(-1))
+        return True
+
+    def _folds(self) -> list[PairMoments] | None:
+        """Moments of both worlds' inputs; None where the layer is too wide for them."""
+        if self.width > compensation.WIDEST:
+            return None
+        node, shape, context = self.original, self.weight.shape, self.context
+        count = len(self.integers)
+        return pair_moments(node, shape, self.exact, self.inputs(), count, context.settings.seed, with_exact=context.diagnose)
+
+    def _least(self, target: Array) -> Array:
+        """The scales [groups, channels] below which an accumulator could overflow."""
+        rows = target.reshape(-1, target.shape[2])
+        bias = self.original.constant(2)
+        floats = None if bias is None else np.broadcast_to(bias.array().reshape(-1), (len(rows),))
+        return least_scales(rows, floats, float(self.site.source.scale), self.span).reshape(target.shape[:2])
+
+    def _set_scale(self, scale: Array) -> None:
+        """Let weights and bias stand on `scale` [channels]; the bias is rounded anew."""
+        if np.array_equal(scale, self.scale):
+            return
+        before = np.float32(self.site.source.scale) * self.scale
+        self.scale = scale.astype(np.float32)
+        self.site.weight_scale = self.scale
+        _scale_of(self.site.node, 1).assign(self.scale)
+        if self.site.node.constant(2) is not None:  # a target with float biases
+            return
+        step = np.float32(self.site.source.scale) * self.scale
+        bias = _integers(self.site.node, 2)
+        moved = np.rint(bias.array().astype(np.float64) * before.astype(np.float64) / step.astype(np.float64))
+        check_accumulator(self.site, moved, self.span)
+        bias.assign(moved.astype(np.int32))
+        _scale_of(self.site.node, 2).assign(step)
+
+    def correct_bias(self) -> bool:
+        """Move the int32 bias by the difference of the mean outputs, in steps of Sx*Sw."""
+        site = self.site
+        wanted = linear_mean(self.original, self.weight, mean_of(self.exact))
+        shape = [1] * self.weight.ndim
+        shape[site.axis] = -1
+        rounded = self.stored.array().astype(np.float32) * self.scale.reshape(shape)
+        reached = linear_mean(self.original, rounded, mean_of(self.inputs()))
+        step = site.source.scale.astype(np.float64) * self.scale.astype(np.float64)
+        plain = site.node.constant(2)
+        if plain is not None:  # a target with float biases
+            plain.assign((plain.array() + wanted - reached).astype(np.float32))
+            return True
+        shift = np.rint((wanted - reached) / step).astype(np.int64)
+        bias = _integers(site.node, 2)
+        corrected = bias.array().astype(np.int64) + shift
+        check_accumulator(site, corrected, self.span)
+        bias.assign(corrected.astype(np.int32))
+        return bool(shift.any())
+
+
+def _gain(moments: PairMoments, weight: Array, before: Array, after: Array) -> float | None:
+    """What `after` gains over `before` at the layer's own output, in dB; None where no error is left."""
+    old, new = (moments.error(weight, stored) for stored in (before, after))
+    return float(10 * np.log10(old / new)) if old > 0 and new > 0 else None
+
+
+def _integers(node: Node, index: int) -> Const:
+    return _behind(node, index, 0)
+
+
+def _scale_of(node: Node, index: int) -> Const:
+    return _behind(node, index, 1)
+
+
+def _behind(node: Node, index: int, place: int) -> Const:
+    """A constant input of the DequantizeLinear at input `index`."""
+    producer = node.inputs[index].producer
+    constant = producer.constant(place) if producer is not None else None
+    if constant is None:
+        raise PassError(f"node '{node.label}': input {index} is not a dequantised constant")
+    return constant

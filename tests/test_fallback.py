@@ -1,0 +1,428 @@
+"""Raising layers until a limit holds: the search on made-up trials, then whole compilations of a real model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from onnx import TensorProto
+
+from qcompile.accuracy import Accuracy
+from qcompile.context import Settings
+from qcompile.data import load_dataset
+from qcompile.data_sources import NpzSource
+from qcompile.errors import DataError, InputError, LimitError
+from qcompile.fallback import LEAST_SAMPLES, Found, Raised, Trial, rank, search
+from qcompile.limits import Limits
+from qcompile.pipeline import Compiled, compile_model
+from qcompile.plan import LayerRecord
+from qcompile.report_file import report_json
+from qcompile.samples import InputInfo
+
+MODELS = Path(__file__).resolve().parents[1] / "models"
+CNN = MODELS / "digits_cnn.onnx"
+ZOO = Path(__file__).resolve().parents[2] / "shared" / "zoo"
+
+
+def layer(name: str, own_db: float | None, weights: int = 8, bits: int = 4) -> LayerRecord:
+    return LayerRecord(name, "Conv", bits, weights, 30.0, 20.0, own_db, "nearest", None, 0.0, 1.0, 0.0)
+
+
+def accuracy(agreement: float | None = None, drop: float | None = None, samples: int = 100) -> Accuracy:
+    return Accuracy(samples, 20.0, 0.99, agreement, "top1" if drop is not None else None, 0.9, 0.9, drop, 1, 0, False)
+
+
+class Model:
+    """Agreement falls by each layer's own error: a model whose layers are independent."""
+
+    def __init__(self, harm: dict[str, int], bits: int = 4, samples: int = 10**13) -> None:
+        self.harm, self.bits, self.samples = harm, bits, samples
+        self.calls: list[Raised] = []
+
+    def lost(self, name: str, bits: int) -> int:
+        return {4: 16 * self.harm[name], 8: self.harm[name], 32: 0}[bits]
+
+    def compile_with(self, raised: Raised) -> Trial[int]:
+        self.calls.append(raised)
+        given = {name: dict(raised).get(name, self.bits) for name in self.harm}
+        lost = sum(self.lost(name, bits) for name, bits in given.items())
+        # Weights shrink with the harm, so that the order by gain a byte is that of the harm.
+        records = [
+            layer(name, -10 * math.log10(self.lost(name, bits) + 1e-6), 64, bits) for name, bits in given.items() if bits < 32
+        ]
+        return Trial(raised, accuracy(1 - lost / 10_000, samples=self.samples), records, len(self.calls))
+
+
+def run(model: Model, least: float) -> Found[int]:
+    return search(model.compile_with, Limits(min_agreement=least), model.bits)
+
+
+@pytest.mark.parametrize(
+    ("to_bits", "order"),
+    [
+        # noise / signal: a .1, b .01, c .001, d none; bytes of 8 bits: 100, 5, 1; of float: 700, 35, 7
+        pytest.param(8, ["b", "a", "c"], id="to-8-bits"),
+        pytest.param(32, ["b", "a", "c"], id="to-float"),
+    ],
+)
+def test_layers_are_ordered_by_noise_for_each_byte(to_bits: int, order: list[str]) -> None:
+    layers = [layer("a", 10.0, 200), layer("b", 20.0, 10), layer("c", 30.0, 4), layer("d", None, 2)]
+    moves = rank(layers, to_bits)
+    assert [m.node for m in moves] == order
+    assert [m.bytes_added for m in moves] == ([5, 100, 2] if to_bits == 8 else [35, 700, 14])
+    assert rank([layer("a", 10.0, bits=8)], 8) == []
+
+
+def test_nothing_is_raised_where_the_limit_holds() -> None:
+    model = Model({"a": 10, "b": 5})
+    found = run(model, 0.9)
+    assert (found.held, found.moves, model.calls) == (True, [], [()])
+
+
+@given(harm=st.lists(st.integers(1, 40), min_size=1, max_size=20, unique=True), share=st.floats(0, 1))
+def test_the_fewest_layers_in_order_are_raised_with_a_bounded_number_of_compilations(harm: list[int], share: float) -> None:
+    names = {f"n{i}": h for i, h in enumerate(harm)}
+    model = Model(names)
+    worst, best = sum(16 * h for h in harm), sum(harm)
+    allowed = best + share * (worst - best)
+    found = run(model, 1 - (allowed + 1e-2) / 10_000)  # the standard error of so many samples is below 2e-7
+    assert found.held
+    ordered = sorted(names, key=lambda n: -names[n])
+    lost, count = worst, 0
+    while lost > allowed + 1e-2:
+        lost -= 15 * names[ordered[count]]
+        count += 1
+    assert {m.node for m in found.moves} == set(ordered[:count])
+    assert dict(found.best.raised) == dict.fromkeys(ordered[:count], 8)
+    assert len(model.calls) <= 2 + math.ceil(math.log2(len(harm)))
+    assert len(found.tried) == len(model.calls)
+
+
+def test_then_to_float_on_top_of_8_bits() -> None:
+    model = Model({"a": 40, "b": 20, "c": 10, "d": 1})
+    found = run(model, 1 - 12 / 10_000)
+    assert found.held
+    assert dict(found.best.raised) == {"a": 32, "b": 32, "c": 8, "d": 8}
+    moves = {m.node: m for m in found.moves}
+    assert (moves["a"].from_bits, moves["a"].to_bits) == (4, 32)
+    assert moves["a"].bytes_added == 64 // 2 + 64 * 3
+    assert moves["a"].own_db == pytest.approx(-10 * math.log10(16 * 40 + 1e-6))  # as it was before anything was raised
+    assert (moves["c"].from_bits, moves["c"].to_bits) == (4, 8)
+
+
+def test_8_bits_go_to_float_at_once_and_one_layer_stays() -> None:
+    model = Model({"a": 40, "b": 20}, bits=8)
+    found = run(model, 1.0)
+    assert not found.held
+    assert found.best.raised == (("a", 32),)
+    assert model.calls == [(), (("a", 32),)]
+    assert found.best.built == 2
+
+
+def test_the_report_of_a_search() -> None:
+    found = run(Model({"a": 40, "b": 20}), 1 - 101 / 10_000)
+    made = found.as_json(77)
+    assert made["held"] is True
+    assert made["samples"] == {"search": 10**13, "verdict": 77}
+    assert [sorted(move) for move in made["raised"]] == [
+        ["bytes_added", "from_bits", "node", "op", "own_db", "sqnr_out_db", "to_bits"]
+    ] * 2
+    assert made["tried"][0] == {
+        "raised_to_8": 0, "raised_to_float": 0, "top1_agreement": 1 - 960 / 10_000, "drop_points": None, "held": False,
+    }  # fmt: skip
+    json.loads(report_json(made))
+
+
+@pytest.mark.parametrize(
+    ("samples", "raised"),
+    [
+        # Of 10,000: a raised leaves 360 wrong, both 60; 365 are allowed.
+        pytest.param(10**13, 1, id="many-samples"),
+        pytest.param(10_000, 2, id="none-to-spare-with-one"),  # the standard error is 19
+        pytest.param(100, 2, id="with-both"),  # 188
+        pytest.param(30, 2, id="not-to-be-had"),  # 342
+    ],
+)
+def test_the_choice_keeps_a_standard_error_to_spare(samples: int, raised: int) -> None:
+    found = run(Model({"a": 40, "b": 20}, samples=samples), 1 - 365 / 10_000)
+    assert found.held
+    assert len(found.moves) == raised
+
+
+@pytest.mark.parametrize("why", ["few", "single"])
+def test_too_few_samples_raise_nothing(why: str) -> None:
+    model = Model({"a": 40}, samples=LEAST_SAMPLES - 1 if why == "few" else 100)
+    found = search(model.compile_with, Limits(min_agreement=1.0), 4, may_raise=why == "few")
+    assert (found.enough, found.held, found.moves, model.calls) == (False, False, [], [()])
+    assert found.as_json(9)["samples"] == {"search": 0, "verdict": 9}
+
+
+def test_a_model_without_integer_layers_has_nothing_to_raise() -> None:
+    found = search(lambda raised: Trial(raised, accuracy(0.5), None, 0), Limits(min_agreement=0.9), 8)
+    assert (found.held, found.moves, len(found.tried)) == (False, [], 1)
+
+
+# ---- limits ----
+@pytest.mark.parametrize(
+    ("limits", "agreement", "drop", "holds"),
+    [
+        pytest.param(Limits(max_drop=1.0), None, 1.0, True, id="drop"),
+        pytest.param(Limits(max_drop=1.0), None, 1.1, False, id="drop-broken"),
+        pytest.param(Limits(min_agreement=0.9), 0.9, None, True, id="agreement"),
+        pytest.param(Limits(min_agreement=0.9), 0.89, None, False, id="agreement-broken"),
+        pytest.param(Limits(1.0, 0.9), 0.95, 2.0, False, id="both-needed"),
+        pytest.param(Limits(1.0, 0.9), 0.95, 0.5, True, id="both"),
+    ],
+)
+def test_limits_hold(limits: Limits, agreement: float | None, drop: float | None, holds: bool) -> None:
+    assert limits.given
+    assert limits.holds(accuracy(agreement, drop)) is holds
+
+
+def test_standard_errors_to_spare() -> None:
+    share = accuracy(0.92, samples=400)  # the standard error at .9 is .015
+    assert [Limits(min_agreement=0.9).holds(share, spare) for spare in (0, 1.33, 1.34)] == [True, True, False]
+    drop = Accuracy(400, 20.0, 0.9, 0.9, "top1", 0.9, 0.9, 1.0, 10, 6, False)  # sqrt(16 - 16 / 400) / 4 = .99875 points
+    assert [Limits(max_drop=2.0).holds(drop, spare) for spare in (0, 1.001, 1.002)] == [True, True, False]
+
+
+def test_limits_that_the_samples_do_not_tell() -> None:
+    with pytest.raises(DataError, match="labels"):
+        Limits(max_drop=1.0).holds(accuracy(0.9))
+    with pytest.raises(DataError, match="no output of this model looks like classes"):
+        Limits(min_agreement=0.9).holds(accuracy(None, 0.0))
+    assert not Limits().given
+    assert str(Limits(1.5, 0.99)) == "--max-drop 1.5 --min-agreement 0.99"
+
+
+def test_both_verdicts() -> None:
+    found, broken = Limits(1.0, 0.99).verdicts(accuracy(0.5, 0.0, samples=1000))
+    assert found["verdict"]["outcome"] == "pass"
+    assert found["agreement_verdict"]["outcome"] == "fail"
+    assert broken is not None and broken.startswith("--min-agreement 0.99: agreement 0.5000")
+
+
+# ---- settings ----
+def test_widths_of_raised_layers() -> None:
+    settings = Settings(bits=4, raised=(("a", 8), ("b", 32)), exclude=("c*",))
+    assert [settings.bits_for(n) for n in "abd"] == [8, 32, 4]
+    assert [settings.top_for(n) for n in "ad"] == [127, 7]
+    assert [settings.excluded(n) for n in ("a", "b", "cc", "d")] == [False, True, True, False]
+
+
+# ---- halves of a dataset ----
+def numbers(count: int, folder: Path) -> str:
+    np.savez(folder / "n.npz", x=np.arange(count, dtype=np.float32).reshape(-1, 1))
+    return str(folder / "n.npz")
+
+
+INPUTS = [InputInfo("x", (1, 1), np.dtype(np.float32))]
+
+
+def values(dataset: Any) -> list[float]:
+    return [float(s.feeds["x"][0, 0]) for s in dataset]
+
+
+@pytest.mark.parametrize("count", [3, 7, 8])
+def test_halves_share_nothing_and_leave_nothing_out(count: int, tmp_path: Path) -> None:
+    whole = load_dataset(numbers(count, tmp_path), INPUTS)
+    first, second = whole.halves()
+    assert values(first) == list(range(0, count, 2))
+    assert values(second) == list(range(1, count, 2))
+    assert (first.count, second.count) == (-(-count // 2), count // 2)
+    drawn = whole.sample(count - 1, seed=1)
+    a, b = drawn.halves()
+    assert sorted(values(a) + values(b)) == values(drawn)
+
+
+def test_halves_of_a_function(tmp_path: Path) -> None:
+    (tmp_path / "numbers_.py").write_text(
+        "import numpy as np\ndef give():\n    for i in range(9):\n        yield {'x': np.full((1, 1), i, np.float32)}\n"
+    )
+    whole = load_dataset(f"{tmp_path}/numbers_.py:give", INPUTS)
+    first, second = whole.halves()
+    assert (values(first), values(second)) == ([0, 2, 4, 6, 8], [1, 3, 5, 7])
+    assert (values(first.sample(2)), values(second.sample(3)), values(second.sample(30))) == ([0, 2], [1, 3, 5], [1, 3, 5, 7])
+    assert [values(h) for h in second.halves()] == [[1, 5], [3, 7]]
+    assert [values(h) for h in whole.sample(5).halves()] == [[0, 2, 4], [1, 3]]
+    assert isinstance(NpzSource, type)
+
+
+# ---- whole compilations ----
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """(calibration, evaluation): pictures under noise, so that the model is in doubt and bits make a difference."""
+    folder = tmp_path_factory.mktemp("data")
+    whole, calibration = np.load(MODELS / "digits.npz"), np.load(MODELS / "digits_calib.npz")["input"][:24]
+    noise = np.random.default_rng(0).normal(size=(224, 1, 8, 8)).astype(np.float32) * np.float32(0.4)
+    np.savez(folder / "calibration.npz", input=calibration + noise[:24])
+    np.savez(folder / "evaluation.npz", input=whole["input"][:200] + noise[24:], labels=whole["labels"][:200])
+    return str(folder / "calibration.npz"), str(folder / "evaluation.npz")
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def compiled(data: tuple[str, str], path: Path, **options: Any) -> Compiled:
+    call: dict[str, Any] = {"data": data[0], "eval_data": data[1], "bits": 4, "effort": "fast", "latency": False, **options}
+    return compile_model(CNN, path, **call)
+
+
+def packed(path: Path) -> int:
+    return sum(t.data_type == TensorProto.INT4 for t in onnx.load(path).graph.initializer)
+
+
+@pytest.fixture(scope="module")
+def asked(data: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> Compiled:
+    return compiled(data, tmp_path_factory.mktemp("asked") / "a.onnx")
+
+
+@pytest.mark.parametrize("format", ["qdq", "qoperator"])
+def test_layers_are_raised_to_8_bits(format: str, data: tuple[str, str], asked: Compiled, tmp_path: Path) -> None:
+    plain = asked.report["accuracy"]["top1_agreement"]
+    assert plain < 0.93
+    made = compiled(data, tmp_path / "a.onnx", min_agreement=0.93, format=format)
+    fallback = made.report["fallback"]
+    assert fallback["held"]
+    assert fallback["samples"] == {"search": 100, "verdict": 100}
+    assert made.report["accuracy"]["samples"] == 100
+    assert fallback["search"]["top1_agreement"] >= 0.93
+    raised = {m["node"]: m["to_bits"] for m in fallback["raised"]}
+    assert set(raised.values()) == {8}
+    bits = {entry["node"]: entry["bits"] for entry in made.report["layers"]}
+    assert bits == {name: raised.get(name, 4) for name in bits}
+    assert packed(made.path) == sum(b == 4 for b in bits.values())
+    assert made.report["agreement_verdict"]["outcome"] in ("pass", "inconclusive")
+    assert "verdict" not in made.report
+    settings = json.loads(next(p.value for p in onnx.load(made.path).metadata_props if p.key == "qcompile.settings"))
+    assert dict(settings["raised"]) == raised
+    json.loads(report_json(made.report))
+
+
+def test_the_same_twice_and_the_verdict_half_changes_nothing(data: tuple[str, str], tmp_path: Path) -> None:
+    first = compiled(data, tmp_path / "a.onnx", min_agreement=0.93)
+    whole = dict(np.load(data[1]))
+    whole["input"][1::2] = whole["input"][1::2][::-1]
+    whole["labels"][1::2] = whole["labels"][1::2][::-1]
+    np.savez(tmp_path / "other.npz", **whole)
+    second = compiled((data[0], str(tmp_path / "other.npz")), tmp_path / "b.onnx", min_agreement=0.93)
+    assert first.report["fallback"]["raised"] == second.report["fallback"]["raised"]
+    assert digest(first.path) == digest(second.path)
+
+
+def test_the_bytes_are_those_of_no_limit_where_it_holds_as_asked(data: tuple[str, str], asked: Compiled, tmp_path: Path) -> None:
+    made = compiled(data, tmp_path / "a.onnx", min_agreement=0.3, max_drop=60.0)
+    assert digest(made.path) == digest(asked.path)
+    assert made.report["fallback"]["raised"] == []
+    assert made.report["fallback"]["samples"] == {"search": 100, "verdict": 200}
+    assert made.report["accuracy"] == asked.report["accuracy"]
+    assert made.report["verdict"]["outcome"] == made.report["agreement_verdict"]["outcome"] == "pass"
+    assert "fallback" not in asked.report
+
+
+def test_layers_are_raised_to_float(data: tuple[str, str], tmp_path: Path) -> None:
+    made = compiled(data, tmp_path / "a.onnx", min_agreement=0.99)
+    fallback = made.report["fallback"]
+    assert fallback["held"]
+    assert not fallback["tried"][1]["held"] and fallback["tried"][1]["raised_to_float"] == 0  # all in 8 bits did not do
+    floats = {m["node"] for m in fallback["raised"] if m["to_bits"] == 32}
+    assert floats
+    rows = [r for p in made.report["passes"] for r in p["refusals"] if r["reason"] == "raised to float to hold the limit"]
+    assert {r["node"] for r in rows} == floats
+    assert {entry["bits"] for entry in made.report["layers"]} == {8}
+    assert floats.isdisjoint(entry["node"] for entry in made.report["layers"])
+    assert packed(made.path) == 0
+
+
+def test_a_limit_that_nothing_holds(data: tuple[str, str], tmp_path: Path) -> None:
+    """The first layer stays integer to the last: a limit that no sample may break is broken all the same."""
+    with pytest.raises(LimitError, match=r"--min-agreement 1: .*; the file is kept as .*a\.failed\.onnx") as caught:
+        compiled(data, tmp_path / "a.onnx", min_agreement=1.0)
+    assert caught.value.exit_status == 3
+    made = caught.value.compiled
+    assert isinstance(made, Compiled)
+    assert [f.name for f in tmp_path.iterdir()] == ["a.failed.onnx"]
+    assert made.report["fallback"]["held"] is False
+    assert made.report["output"] == {"path": str(made.path), "sha256": digest(made.path)}
+    assert len(made.report["layers"]) == 1
+
+
+def test_few_samples_are_not_split_and_it_says_so(data: tuple[str, str], tmp_path: Path) -> None:
+    whole = np.load(data[1])
+    np.savez(tmp_path / "few.npz", input=whole["input"][:30], labels=whole["labels"][:30])
+    made = compiled((data[0], str(tmp_path / "few.npz")), tmp_path / "a.onnx", min_agreement=0.93)
+    assert made.report["fallback"]["samples"] == {"search": 0, "verdict": 30}
+    assert made.report["accuracy"]["samples"] == 30
+    assert made.report["agreement_verdict"]["outcome"] == "inconclusive"
+    assert any("fewer than 40 samples" in w and "no layer was raised" in w for w in made.report["warnings"])
+
+
+def test_a_single_sample(data: tuple[str, str], tmp_path: Path) -> None:
+    whole = np.load(data[1])
+    np.savez(tmp_path / "one.npz", input=whole["input"][:1], labels=whole["labels"][:1])
+    made = compiled((data[0], str(tmp_path / "one.npz")), tmp_path / "a.onnx", min_agreement=0.01)
+    assert made.report["fallback"]["samples"] == {"search": 0, "verdict": 1}
+
+
+def test_without_labels(data: tuple[str, str], tmp_path: Path) -> None:
+    np.savez(tmp_path / "plain.npz", input=np.load(data[1])["input"])
+    made = compiled((data[0], str(tmp_path / "plain.npz")), tmp_path / "a.onnx", min_agreement=0.93)
+    assert made.report["fallback"]["held"]
+    assert made.report["accuracy"]["metric"] is None
+
+
+def test_an_interrupted_search_leaves_no_file(data: tuple[str, str], tmp_path: Path) -> None:
+    seen = 0
+
+    def progress(name: str, done: int, total: int | None) -> None:
+        nonlocal seen
+        seen += name == "calibrate"
+        if seen == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compiled(data, tmp_path / "a.onnx", min_agreement=0.93, progress=progress)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        pytest.param({"min_agreement": 1.5}, "--min-agreement 1.5: give a share", id="above-one"),
+        pytest.param({"min_agreement": 0.0}, "--min-agreement 0: give a share", id="zero"),
+        pytest.param({"min_agreement": 0.9, "eval_data": None}, "give them with --eval", id="no-eval"),
+    ],
+)
+def test_bad_options(options: dict[str, Any], words: str, data: tuple[str, str], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=words):
+        compiled(data, tmp_path / "a.onnx", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.zoo
+@pytest.mark.skipif(not ZOO.is_dir(), reason="../shared/zoo is absent")
+def test_a_real_model_at_4_bits_is_raised_until_it_agrees(tmp_path: Path) -> None:
+    tasks = ZOO / "tasks.py"
+    made = compile_model(
+        ZOO / "resnet20_cifar10" / "model.onnx",
+        tmp_path / "a.onnx",
+        bits=4,
+        data=f"{tasks}:resnet20_cifar10_calib",
+        effort="fast",
+        eval_data=f"{tasks}:resnet20_cifar10_eval",
+        min_agreement=0.97,
+        latency=False,
+    )
+    fallback = made.report["fallback"]
+    assert fallback["held"] and fallback["raised"]
+    assert fallback["samples"] == {"search": 250, "verdict": 250}
+    assert made.report["accuracy"]["top1_agreement"] > 0.93
