@@ -12,7 +12,7 @@ from qcompile.ranges import Observer, Thinned, observe
 from qcompile.rewrite import Exact, Promise, Report
 from qcompile.sessions import graph_session
 
-_SAMPLES = {"fast": (64, 64 << 20), "default": (64, 64 << 20), "best": (256, 256 << 20)}  # at most so many, and bytes
+_SAMPLES = {"fast": (64, 64 << 20), "default": (128, 64 << 20), "best": (256, 256 << 20)}  # at most so many, and bytes
 
 
 @dataclass(frozen=True)
