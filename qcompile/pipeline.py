@@ -20,7 +20,7 @@ from qcompile.compare_targets import FREE, both_targets
 from qcompile.context import Context, Settings
 from qcompile.convert import lower_opset
 from qcompile.data import Dataset, load_dataset
-from qcompile.errors import DataError, InputError, LimitError, PassError, QcompileError
+from qcompile.errors import DataError, InputError, LimitError, QcompileError
 from qcompile.fallback import LEAST_SAMPLES, Found, Raised, Trial, search
 from qcompile.graph import Graph
 from qcompile.graph_io import forget_inner_types, load_proto, write_model
@@ -31,10 +31,8 @@ from qcompile.made_up import make_up
 from qcompile.names import names_of, shorten_names
 from qcompile.options import check_settings, output_path, weight_only_of
 from qcompile.passes import passes_for
-from qcompile.promises import Verifier
 from qcompile.report_file import file_record, peak_rss_mb
-from qcompile.rewrite import Pass, Report
-from qcompile.runtime import Feeds
+from qcompile.run_passes import run_passes
 from qcompile.samples import model_inputs
 from qcompile.tensors import is_external, location
 
@@ -200,7 +198,9 @@ class _Compiler:
         context.diagnose = self.diagnose
         context.synthetic = given.kind == "synthetic"
         context.progress = _stages(self.progress, given)
-        rows = _run_passes(graph, context, given, dump)
+        feeds = [s.feeds for s in islice(given.calibration, 1 if settings.effort == "fast" else _CHECK_FEEDS)]
+        steps = passes_for(given.kind if settings.weight_only is None else "weight_only")
+        rows = run_passes(graph, context, steps, feeds, dump)
         if settings.inputs_as != "float32":
             take_integers(graph)
         if settings.opset is not None:
@@ -274,72 +274,6 @@ def _stages(progress: Progress | None, given: _Data) -> Any:
         progress(stage, counts[stage], given.calibration.count if stage == "calibrating" else None)
 
     return tick
-
-
-def _run_passes(graph: Graph, context: Context, given: _Data, dump: Path | None) -> list[dict[str, Any]]:
-    """Run the registry in order; every pass that rewrote something is verified before the next one starts."""
-    feeds: list[Feeds] = [s.feeds for s in islice(given.calibration, 1 if context.settings.effort == "fast" else _CHECK_FEEDS)]
-    verifier = Verifier(graph, feeds)
-    rows: list[dict[str, Any]] = []
-    if dump is not None:
-        dump.mkdir(parents=True, exist_ok=True)
-    for index, step in enumerate(passes_for(given.kind if context.settings.weight_only is None else "weight_only")):
-        row = _run_pass(step, graph, context, verifier)
-        rows.append(row)
-        if dump is not None:
-            graph.save(dump / f"{index:02d}-{step.name}.onnx")
-    return rows
-
-
-def _run_pass(step: Pass, graph: Graph, context: Context, verifier: Verifier) -> dict[str, Any]:
-    if context.progress is not None:
-        context.progress(step.name)
-    nodes, size = len(graph.nodes), _constant_bytes(graph)
-    verifier.before(graph, step)
-    start = time.perf_counter()
-    report = _apply(step, graph, context)
-    seconds = time.perf_counter() - start
-    ratio = None
-    if report.rewrites:
-        ratio = verifier.after(graph, step, finished=_finished(context))
-        again = _apply(step, graph, context)
-        if again.rewrites:
-            raise PassError(f"pass '{step.name}' found {again.rewrites} more rewrites when run twice; please report this model")
-    return _row(step, report, seconds, ratio, len(graph.nodes) - nodes, _constant_bytes(graph) - size)
-
-
-def _apply(step: Pass, graph: Graph, context: Context) -> Report:
-    """Run `step`; a fault of the program becomes a PassError that names it (its cause stays chained)."""
-    try:
-        return step.run(graph, context)
-    except (QcompileError, MemoryError):
-        raise
-    except Exception as error:  # a pass may fail in any way; whatever it was, the user must learn where
-        words = " ".join(str(error).split())[:300]
-        raise PassError(f"pass '{step.name}' failed: {type(error).__name__}: {words}; please report this model") from error
-
-
-def _row(step: Pass, report: Report, seconds: float, ratio: float | None, nodes: int, size: int) -> dict[str, Any]:
-    return {
-        "name": step.name,
-        "rewrites": report.rewrites,
-        "skipped": dict(sorted(report.skipped.items())),
-        "refusals": [{"node": node, "reason": reason} for node, reason in report.refusals],
-        "seconds": round(seconds, 3),
-        "sqnr_db": None if ratio is None else round(ratio, 2),
-        "nodes_added": nodes,
-        "bytes_added": size,
-    }
-
-
-def _finished(context: Context) -> bool:
-    """Whether no node that was quantised holds float weights (or, where they become int32, a float bias) any more."""
-    inputs = (1,) if context.settings.target == "tensorrt" else (1, 2)
-    return context.plan is None or all(s.node.constant(i) is None for s in context.plan.linears for i in inputs)
-
-
-def _constant_bytes(graph: Graph) -> int:
-    return sum(c.nbytes for c in graph.constants.values())
 
 
 def _stamp(loaded: Loaded, settings: Settings) -> None:
