@@ -40,7 +40,7 @@ _LIMIT = 1e3  # scales stay in [1 / _LIMIT, _LIMIT], whatever the channels' extr
 class Equalise:
     """Scales, and shifts, of the channels of each stream; strengths are tried in order, none of them wins ties.
 
-    strengths: the exponents a. centre: whether ranges may be moved. samples: at most, that the error is measured on.
+    strengths: the exponents a. centre: whether ranges may be moved. samples: how many, at most, the error is measured on.
     """
 
     strengths: tuple[float, ...] = (0.5, 0.75, 1.0)
@@ -63,7 +63,7 @@ class Equalise:
         streams = []
         for stream in channel_streams(graph, excluded):
             quantised = [t for t in stream.channels if t.name in context.observers]
-            if all(context.observers[t.name].settled for t in quantised) and quantised:
+            if any(context.observers[t.name].levelled for t in quantised):
                 continue
             reason = stream.refusal or _refusal(stream, context, linears)
             if reason:
@@ -74,6 +74,8 @@ class Equalise:
         for trial in _trials(graph, context, streams, self.samples):
             if context.progress is not None:
                 context.progress("equalising")
+            for tensor in trial.classes:
+                context.observers[tensor.name].levelled = True
             found = self._choose(trial)
             if found is None:
                 report.refuse(next(iter(trial.stream.sources)).label, "no gain on the samples")

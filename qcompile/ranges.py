@@ -25,8 +25,8 @@ class Observer:
     """Running statistics of one tensor: exact extremes, and a bounded, evenly thinned sample of its values.
 
     keep: whether to sample at all; extremes are always kept. channels: keep those of each place of `axis` too, as `lows` and
-    `highs` (None where its size changes). settled: a pass has chosen the scales of its channels for good;
-    fixed: its range too (`low` and `high` may then lie inside the extremes of its channels).
+    `highs` (None where its size changes). settled: smoothing has chosen the scales of its channels for
+    good; levelled: equalisation has; fixed: its range too (`low` and `high` may then lie inside the extremes of its channels).
     """
 
     keep: bool = True
@@ -37,6 +37,7 @@ class Observer:
     lows: Array | None = None
     highs: Array | None = None
     settled: bool = False
+    levelled: bool = False
     fixed: bool = False
     _chunks: list[Array] = field(default_factory=list)
     _steps: list[int] = field(default_factory=list)  # distance in memory between the values of each chunk
@@ -96,7 +97,7 @@ class Observer:
             raise ValueError("rescaling needs the extremes of each channel, and one positive factor a channel")
         moved = np.broadcast_to(np.asarray(shift), factor.shape)
         lows, highs = (self.lows - moved) * factor, (self.highs - moved) * factor
-        result = Observer(self.keep, float(lows.min()), float(highs.max()), True, self.axis, lows, highs, self.settled, self.fixed)
+        result = Observer(self.keep, float(lows.min()), float(highs.max()), True, self.axis, lows, highs, self.settled, self.levelled, self.fixed)
         width = factor.shape[0]
         # Chunks start at the first value of a row-major tensor, so that the place in memory tells the channel.
         places = [
