@@ -129,7 +129,7 @@ def scaled_inputs(node: Node, weight: Array, scale: Array) -> Array:
         return weight * (scale if node.attr("transB", 0) else scale[:, None])
     groups, width = int(node.attr("group", 1)), weight.shape[1]  # [M, C/g, k...]: channel m reads group m // (M/g)
     factors = np.repeat(scale.reshape(groups, width), weight.shape[0] // groups, axis=0)
-    return weight * factors.reshape(*factors.shape, *[1] * (weight.ndim - 2))
+    return np.asarray(weight * factors.reshape(*factors.shape, *[1] * (weight.ndim - 2)))
 
 
 def input_shift(node: Node, weight: Array, shift: Array) -> Array:

@@ -1,7 +1,7 @@
 """What the readers of a stream lose when its tensors are held in 8 bits and their weights in few: measured by running it.
 
-A session runs the nodes of the stream, its sinks and their activations, with rounding where a tensor is quantised. Scales, weights
-and constants are inputs, so that all candidates share it. Errors are relative to the variance of the sinks' outputs.
+A session runs the nodes of the stream, its sinks and their activations, with rounding where a tensor is quantised. Scales,
+weights and constants are inputs, so that all candidates share it; errors are relative to the variance of the sinks' outputs.
 
 Ranges come from one half of the samples, errors from the other. Levelled channels all come near the ends of the range, so that
 values beyond what calibration saw are clipped in all of them: on the samples that gave the extremes that cannot be seen, and
@@ -81,7 +81,8 @@ class StreamTrial:
     @property
     def calibrated(self) -> Extremes:
         """The extremes of the whole calibration."""
-        return {t: (o.lows, o.highs) for t in self.classes if (o := self.context.observers[t.name]).lows is not None}
+        observers = {t: self.context.observers[t.name] for t in self.classes}
+        return {t: (o.lows, o.highs) for t, o in observers.items() if o.lows is not None and o.highs is not None}
 
     def error(self, change: Change) -> tuple[float, float]:
         """(squared error of each sink's output over its variance, summed over the sinks; part of the ranges that gave it)."""

@@ -3,8 +3,8 @@
     Conv -> Relu -> Conv            Conv -> Add -> Add -> Conv (a residual stream)         Conv, Conv -> Concat -> MaxPool -> Conv
                                     Conv --^     Conv --^
 
-Channel k of a Conv's output can be divided by any s[k] > 0 when what reads it is multiplied by s[k], as long as every node in between
-is positively homogeneous and mixes no two channels. An Add ties channel k of one operand to channel k of the other; a Concat puts
+Channel k of a Conv's output can be divided by any s[k] > 0 when what reads it is multiplied by s[k], as long as every node in
+between is positively homogeneous and mixes no two channels. An Add ties channel k of one operand to channel k of the other; a Concat puts
 the channels of several tensors into one, which has one quantisation scale; a Pad of channels adds some that are zero, tied to
 nothing. Channels stand in axis 1 (for attention heads and other layouts of the last axis see `_channels`). They are numbered
 in one pass over the graph, and ties are resolved afterwards: connected components, once for channels, once for tensors.
@@ -17,7 +17,7 @@ from math import prod
 
 import numpy as np
 
-from qcompile.graph import Array, Const, Graph, Node, Tensor, Value
+from qcompile.graph import Array, Graph, Node, Value
 from qcompile.passes._linear import bias_of, linear_at
 from qcompile.passes._match import array_of, ints_of, is_op, scalar_of, split_operands
 
@@ -27,7 +27,7 @@ _SHIFTING = ("Identity", "MaxPool", "GlobalAveragePool", "GlobalMaxPool", "Add",
 READ = "read by an operator that is not homogeneous"
 BOUNDED = "bounded by a Clip, which is not homogeneous"
 OUTPUT = "its channels are an output of the graph"
-EXCLUDED = "a Conv or Gemm of the stream is excluded"
+EXCLUDED = "a node of the stream is excluded"
 RUN_TIME = "read by weights that are computed at run time"
 JOINED = "joined with channels that no Conv with constant weights computes"
 
@@ -36,8 +36,8 @@ JOINED = "joined with channels that no Conv with constant weights computes"
 class ChannelStream:
     """Tensors tied by their channels; all arrays hold channel numbers, 0 to `size` - 1.
 
-    channels: of axis 1 of each tensor. sources: of the output channels of each Conv. sinks: of what each Conv or Gemm reads, one a
-    channel or column. constants: of the channels of a constant operand (node, input), which scales with them. nodes: all that
+    channels: of axis 1 of each tensor. sources: of the output channels of each Conv. sinks: of what each Conv or Gemm reads,
+    one a channel or column. constants: of the channels of a constant operand (node, input), which scales with them. nodes: all that
     is in between, in graph order. refusal: why the channels cannot be scaled, "" where they can.
     """
 
@@ -151,7 +151,8 @@ class _Numbering:
         if read != [node.inputs[0]] or (node.op == "Gemm" and node.attr("transA", 0)):
             return READ
         numbers = self.found[read[0]]
-        if node.op == "Gemm" and bias_of_gemm(self.graph, node) is None:
+        linear = linear_at(self.graph, node.outputs[0])
+        if linear is None or bias_of(linear) is None:
             return READ
         self.sinks[node] = numbers
         return ""
@@ -183,8 +184,9 @@ class _Numbering:
     def _combine(self, node: Node, read: list[Value]) -> Array | str:
         operands = split_operands(node)
         if node.op in ("Mul", "Div"):
-            factor = None if operands is None or operands[0] is not node.inputs[0] and node.op == "Div" else scalar_of(operands[1])
-            fits = operands is not None and len(operands[1].dims) <= len(operands[0].dims or ())
+            if operands is None or (node.op == "Div" and operands[0] is not node.inputs[0]):
+                return READ
+            factor, fits = scalar_of(operands[1]), len(operands[1].dims) <= len(operands[0].dims or ())
             return self.found[read[0]] if fits and factor is not None and np.isfinite(factor) and factor != 0 else READ
         if operands is not None:
             numbers, index = self.found[read[0]], 1 if operands[1] is node.inputs[1] else 0
@@ -264,18 +266,7 @@ def components(count: int, edges: list[tuple[Array, Array]]) -> Array:
         label = following
 
 
-def bias_of_gemm(graph: Graph, node: Node) -> Array | None:
-    """The bias of a Gemm with constant weights, None where it adds a whole matrix."""
-    linear = linear_at(graph, node.outputs[0])
-    return None if linear is None else bias_of(linear)
-
-
 def _pads(node: Node) -> bool:
     """Whether a Conv reads zeros around its image."""
     padded = any(node.attr("pads", [])) or node.attr("auto_pad", "NOTSET") in ("SAME_UPPER", "SAME_LOWER")
     return node.op == "Conv" and padded
-
-
-def is_constant(tensor: Tensor) -> bool:
-    """Whether `tensor` is constant."""
-    return isinstance(tensor, Const)

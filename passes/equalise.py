@@ -13,8 +13,8 @@ the Convs and Gemms that end it multiplied. A depthwise Conv ends one stream and
 
 Which of them, if any, is decided for each stream by the measured error of the sinks' outputs (`_stream_trial`).
 
-It must not fire where a Clip bounds the channels (Relu6 is not homogeneous), where they are read by anything else, or are an output
-of the graph, on excluded nodes, on synthetic data, with effort `fast`, or where the gain is below `least_gain_db`.
+It must not fire where a Clip bounds the channels (Relu6 is not homogeneous), where they are read by anything else, or are an
+output of the graph, on excluded nodes, on synthetic data, with effort `fast`, or where the gain is below `least_gain_db`.
 """
 
 from __future__ import annotations

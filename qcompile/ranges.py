@@ -92,12 +92,23 @@ class Observer:
             self.lows, self.highs = np.minimum(self.lows, lows), np.maximum(self.highs, highs)
 
     def rescaled(self, factor: Array, shift: Array | float = 0.0) -> Observer:
-        """What would have been observed with each channel c as (x - shift[c]) * factor[c], factor > 0. Needs `lows` and `highs`."""
+        """What would have been observed of (x - shift[c]) * factor[c], factor > 0, in each channel. Needs `lows` and `highs`."""
         if self.lows is None or self.highs is None or factor.shape != self.lows.shape or not np.all(factor > 0):
             raise ValueError("rescaling needs the extremes of each channel, and one positive factor a channel")
         moved = np.broadcast_to(np.asarray(shift), factor.shape)
         lows, highs = (self.lows - moved) * factor, (self.highs - moved) * factor
-        result = Observer(self.keep, float(lows.min()), float(highs.max()), True, self.axis, lows, highs, self.settled, self.levelled, self.fixed)
+        result = Observer(
+            self.keep,
+            float(lows.min()),
+            float(highs.max()),
+            True,
+            self.axis,
+            lows,
+            highs,
+            self.settled,
+            self.levelled,
+            self.fixed,
+        )
         width = factor.shape[0]
         # Chunks start at the first value of a row-major tensor, so that the place in memory tells the channel.
         places = [
