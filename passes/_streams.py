@@ -4,10 +4,10 @@
                                     Conv --^     Conv --^
 
 Channel k of a Conv's output can be divided by any s[k] > 0 when what reads it is multiplied by s[k], as long as every node in
-between is positively homogeneous and mixes no two channels. An Add ties channel k of one operand to channel k of the other; a Concat puts
-the channels of several tensors into one, which has one quantisation scale; a Pad of channels adds some that are zero, tied to
-nothing. Channels stand in axis 1 (for attention heads and other layouts of the last axis see `_channels`). They are numbered
-in one pass over the graph, and ties are resolved afterwards: connected components, once for channels, once for tensors.
+between is positively homogeneous and mixes no two channels. An Add ties channel k of one operand to channel k of the other; a
+Concat puts the channels of several tensors into one, which has one quantisation scale; a Pad of channels adds some that are zero,
+tied to nothing. Channels stand in axis 1 (for attention heads and other layouts of the last axis see `_channels`). They are
+numbered in one pass over the graph; ties are resolved afterwards: connected components, once for channels, once for tensors.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class ChannelStream:
     """Tensors tied by their channels; all arrays hold channel numbers, 0 to `size` - 1.
 
     channels: of axis 1 of each tensor. sources: of the output channels of each Conv. sinks: of what each Conv or Gemm reads,
-    one a channel or column. constants: of the channels of a constant operand (node, input), which scales with them. nodes: all that
-    is in between, in graph order. refusal: why the channels cannot be scaled, "" where they can.
+    one a channel or column. constants: of the channels of a constant operand (node, input), which scales with them. nodes:
+    all that is in between, in graph order. refusal: why the channels cannot be scaled, "" where they can.
     """
 
     size: int
