@@ -7,6 +7,7 @@ from qcompile.passes.correct_means import CorrectMeans
 from qcompile.passes.diagnose import Diagnose
 from qcompile.passes.dyadic_scales import DyadicScales
 from qcompile.passes.eliminate import Eliminate
+from qcompile.passes.equalise import Equalise
 from qcompile.passes.expect_ranges import ExpectRanges
 from qcompile.passes.fold_bn import FoldBatchNorm
 from qcompile.passes.fold_constants import FoldConstants
@@ -60,6 +61,7 @@ PASSES: tuple[Pass, ...] = (
     PadChannels(),
     Calibrate(),
     ExpectRanges(),
+    Equalise(),
     Smooth(),
     Quantise(),
     QuantiseEmbeddings(),

@@ -123,6 +123,22 @@ def scaled(linear: Linear, weight: Array, scale: Array) -> Array:
     return weight * scale
 
 
+def scaled_inputs(node: Node, weight: Array, scale: Array) -> Array:
+    """`weight` of a Conv or Gemm with what it reads multiplied by `scale`, one number an input channel or column."""
+    if node.op == "Gemm":
+        return weight * (scale if node.attr("transB", 0) else scale[:, None])
+    groups, width = int(node.attr("group", 1)), weight.shape[1]  # [M, C/g, k...]: channel m reads group m // (M/g)
+    factors = np.repeat(scale.reshape(groups, width), weight.shape[0] // groups, axis=0)
+    return np.asarray(weight * factors.reshape(*factors.shape, *[1] * (weight.ndim - 2)))
+
+
+def input_shift(node: Node, weight: Array, shift: Array) -> Array:
+    """What a Conv (without padding) or Gemm adds to each output channel when `shift` is added to what it reads."""
+    moved = scaled_inputs(node, weight, shift)
+    outputs = 1 if node.op == "Gemm" and not node.attr("transB", 0) else 0
+    return np.asarray(moved.sum(axis=tuple(a for a in range(moved.ndim) if a != outputs)))
+
+
 def write(graph: Graph, linear: Linear, weight: Array, bias: Array | None) -> Value:
     """Give the node its own new weights and bias (None: leave it without); returns the tensor that holds the result now."""
     node, old = linear.node, linear.node.inputs[1]

@@ -42,12 +42,21 @@ class Calibrate:
         progress = context.progress
         tick = None if progress is None else lambda: progress("calibrating")
         keep = context.settings.ranges == "percentile"
-        context.observers = {name: Observer(keep=keep, channels=_is_matrix(by_name[name])) for name in names}
+        equalised = context.settings.effort != "fast" and not context.synthetic
+        maps = equalised and any(n.op == "Conv" for n in graph.nodes)
+        context.observers = {name: _observer(by_name[name], keep, maps) for name in names}
         most, budget = _SAMPLES[context.settings.effort]
         thinned = Thinned(budget, most)
         context.calibrated = observe(session, context.observers, thinned.passing(context.calibration()), tick)
         context.samples = thinned.kept
         return Report()
+
+
+def _observer(value: Value, keep: bool, maps: bool) -> Observer:
+    if _is_matrix(value):
+        return Observer(keep=keep, channels=True)
+    image = maps and value.dims is not None and len(value.dims) > 2
+    return Observer(keep=keep, channels=image, axis=1 if image else -1)
 
 
 def _is_matrix(value: Value) -> bool:

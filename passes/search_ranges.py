@@ -81,7 +81,8 @@ def _decided_by(plan: Plan, original: Graph) -> object:
 
 
 def _measure(plan: Plan, original: Graph, context: Context, samples: int) -> dict[ScaleClass, _Errors]:
-    classes = {name: place for place in plan.classes for name in place.tensors}
+    fixed = {name for name, observer in context.observers.items() if observer.fixed}
+    classes = {name: place for place in plan.classes if fixed.isdisjoint(place.tensors) for name in place.tensors}
     integer = {n.name for n in [*(s.node for s in plan.linears), *(s.node for s in plan.adds), *(s.node for s in plan.pools)]}
     picked = context.samples[:: max(1, len(context.samples) // samples)][:samples]
     stream = Stream(original, picked)

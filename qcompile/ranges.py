@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -23,19 +24,24 @@ MASKED = -1e30  # what lies below is an attention mask (-3.4e38), not data
 class Observer:
     """Running statistics of one tensor: exact extremes, and a bounded, evenly thinned sample of its values.
 
-    keep: whether to sample at all; extremes are always kept. channels: keep those of each place of the last axis too, as
-    `lows` and `highs` (None where its size changes). settled: a pass has chosen the scales of its channels for good.
+    keep: whether to sample at all; extremes are always kept. channels: keep those of each place of `axis` too, as `lows` and
+    `highs` (None where its size changes). settled: smoothing has chosen the scales of its channels for
+    good; levelled: equalisation has; fixed: its range too (`low` and `high` may then lie inside the extremes of its channels).
     """
 
     keep: bool = True
     low: float = np.inf
     high: float = -np.inf
     channels: bool = False
+    axis: int = -1
     lows: Array | None = None
     highs: Array | None = None
     settled: bool = False
+    levelled: bool = False
+    fixed: bool = False
     _chunks: list[Array] = field(default_factory=list)
     _steps: list[int] = field(default_factory=list)  # distance in memory between the values of each chunk
+    _inner: list[int] = field(default_factory=list)  # values of one channel that stand side by side in memory
     _kept: int = 0
     _stride: int = 1
     _feeds: int = 0
@@ -62,15 +68,22 @@ class Observer:
         step = 1 if flat.size <= _PER_FEED else -(-flat.size // _PER_FEED) | 1
         self._chunks.append(np.array(flat[::step], np.float32))
         self._steps.append(step)
+        self._inner.append(self._behind(values))
         self._kept += self._chunks[-1].size
         if self._kept > _CAPACITY and len(self._chunks) > 1:
-            self._chunks, self._steps = self._chunks[1::2], self._steps[1::2]
+            self._chunks, self._steps, self._inner = self._chunks[1::2], self._steps[1::2], self._inner[1::2]
             self._kept = sum(c.size for c in self._chunks)
             self._stride *= 2
 
+    def _behind(self, values: Array) -> int:
+        """Values between one channel and the next: the size of the axes behind `axis`."""
+        return 1 if self.axis == -1 else prod(values.shape[self.axis + 1 :])
+
     def _update_channels(self, values: Array) -> None:
-        rows = values.reshape(-1, values.shape[-1]) if values.ndim else values.reshape(1, 1)
-        lows, highs = rows.min(axis=0), rows.max(axis=0)
+        inner = self._behind(values)
+        width = values.shape[self.axis] if values.ndim > max(self.axis, 0) else 1
+        blocks = values.reshape(-1, width, inner)
+        lows, highs = blocks.min(axis=(0, 2)), blocks.max(axis=(0, 2))
         if self.lows is None or self.highs is None:
             self.lows, self.highs = lows, highs
         elif self.lows.shape != lows.shape:
@@ -78,19 +91,33 @@ class Observer:
         else:
             self.lows, self.highs = np.minimum(self.lows, lows), np.maximum(self.highs, highs)
 
-    def rescaled(self, factor: Array) -> Observer:
-        """What would have been observed with channel c of the last axis multiplied by factor[c] > 0. Needs `lows` and `highs`."""
+    def rescaled(self, factor: Array, shift: Array | float = 0.0) -> Observer:
+        """What would have been observed of (x - shift[c]) * factor[c], factor > 0, in each channel. Needs `lows` and `highs`."""
         if self.lows is None or self.highs is None or factor.shape != self.lows.shape or not np.all(factor > 0):
             raise ValueError("rescaling needs the extremes of each channel, and one positive factor a channel")
-        lows, highs = self.lows * factor, self.highs * factor
-        result = Observer(self.keep, float(lows.min()), float(highs.max()), True, lows, highs, self.settled)
+        moved = np.broadcast_to(np.asarray(shift), factor.shape)
+        lows, highs = (self.lows - moved) * factor, (self.highs - moved) * factor
+        result = Observer(
+            self.keep,
+            float(lows.min()),
+            float(highs.max()),
+            True,
+            self.axis,
+            lows,
+            highs,
+            self.settled,
+            self.levelled,
+            self.fixed,
+        )
         width = factor.shape[0]
         # Chunks start at the first value of a row-major tensor, so that the place in memory tells the channel.
-        result._chunks = [
-            (chunk * factor[np.arange(chunk.size) * step % width]).astype(np.float32)
-            for chunk, step in zip(self._chunks, self._steps, strict=True)
+        places = [
+            np.arange(chunk.size) * step // inner % width
+            for chunk, step, inner in zip(self._chunks, self._steps, self._inner, strict=True)
         ]
-        result._steps, result._kept, result._stride, result._feeds = list(self._steps), self._kept, self._stride, self._feeds
+        result._chunks = [((c - moved[p]) * factor[p]).astype(np.float32) for c, p in zip(self._chunks, places, strict=True)]
+        result._steps, result._inner = list(self._steps), list(self._inner)
+        result._kept, result._stride, result._feeds = self._kept, self._stride, self._feeds
         return result
 
     @property
