@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from onnx import TensorProto
 
+from qcompile.block_packing import int4_tensor
 from qcompile.context import Context
 from qcompile.graph import Const, Graph, Value
 from qcompile.rewrite import Exact, Promise, Report
@@ -56,12 +57,7 @@ def _is_table(const: Const) -> bool:
 
 
 def _pack(graph: Graph, const: Const, values: npt.NDArray[np.int8]) -> None:
-    proto = TensorProto(data_type=TensorProto.INT4, dims=values.shape)
-    flat = values.reshape(-1).astype(np.uint8) & 15
-    if flat.size % 2:
-        flat = np.append(flat, np.uint8(0))
-    proto.raw_data = (flat[0::2] | flat[1::2] << 4).tobytes()
-    stored = graph.constant(const.name.removesuffix("_int8") + "_int4", proto)
+    stored = graph.constant(const.name.removesuffix("_int8") + "_int4", int4_tensor(values, signed=True))
     widened = Value(graph.fresh_name(const.name + "_widened"))
     graph.replace_uses(const, widened)
     graph.node("Cast", [stored], [widened], to=TensorProto.INT8)

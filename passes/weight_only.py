@@ -8,10 +8,10 @@
 Both spellings hold the same integers, scales and zero points. The portable look-up takes rows first: a DequantizeLinear of the
 whole table would run again for every sample, while the Cast is folded when the model is loaded.
 
-Rounding: block scales by least squared error (`qcompile.block_grid`), each weight's weighted by the power of its input; then second
-order on that grid (GPTQ: Frantar et al. 2022), with the second moment of the inputs that reach the layer when all before it are
-rounded. It is about zero and not about the mean, since no bias is corrected here. Without calibration data, for effort `fast` and
-for tables: round to nearest.
+Rounding: block scales by least squared error (`qcompile.block_grid`), each weight's counted with the power of its input; then
+second order on that grid (GPTQ: Frantar et al. 2022), with the second moment of what reaches the layer when all before it are
+rounded. It is about zero and not about the mean, since no bias is corrected here. Without calibration data, for effort `fast`
+and for tables: round to nearest.
 
 It must not fire, and counts the reason, on convolutions, on products that have no constant float32 matrix on their right, on a
 matrix that anything else reads, that is so small that 4 bits need more room, on small tables, nor on what `--exclude` names.
@@ -194,22 +194,20 @@ class _Rounding:
         )[0]
         return (q + offset).astype(np.uint8), grid
 
-    def _statistics(
-        self, node: Node, const: Const, source: Value, stream: Stream, width: int
-    ) -> tuple[Array, Array | None]:
+    def _statistics(self, node: Node, const: Const, source: Value, stream: Stream, width: int) -> tuple[Array, Array | None]:
         """(power [K], second moment [1, K, K], or None where it would be too large) of what `node` reads.
 
         Those of the tensor asked for last are kept: query, key and value read the same.
         """
         if self._power is None or self._power[0] is not source:
             values, seed = stream.values(source), self.context.settings.seed
+            if not all(np.isfinite(v).all() for v in values):
+                raise DataError(f"node '{node.label}': the calibration data make its input NaN or infinite; check --data")
             if width > WIDEST:
                 self._power, self._moment = (source, input_power(node, const.dims, values, len(values), seed)[0]), None
             else:
                 moment = input_moment(node, const.dims, values, len(values), seed)
                 self._power, self._moment = (source, np.einsum("kk->k", moment[0]).copy()), (source, moment)
-            if not np.isfinite(self._power[1]).all():
-                raise DataError(f"node '{node.label}': the calibration data make its input NaN or infinite; check --data")
         return self._power[1], None if self._moment is None else self._moment[1]
 
 

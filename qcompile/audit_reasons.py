@@ -65,6 +65,9 @@ def _reasons(wiring: Wiring, node: Node, root: Root | None, written_as: str) -> 
         yield "16-bit activations: the integer kernels take 8 bits only"
     if node.op == "MatMulNBits":
         yield f"only its weight is quantised: {_not_quantised(node.inputs[0])}"
+    block = None if before_weight is None else before_weight.attribute("block_size")
+    if data_type == TensorProto.UNDEFINED and block is not None and block.i:
+        yield f"weight {_of(root)} in blocks of {block.i} was not made a MatMulNBits (a MatMul + Add became a Gemm first?)"
     if data_type == TensorProto.UNDEFINED:
         yield _not_quantised(node.inputs[1 - at])
     if weight_type in WIDE:
@@ -73,7 +76,6 @@ def _reasons(wiring: Wiring, node: Node, root: Root | None, written_as: str) -> 
         yield f"{_name(weight_type)} weight {_of(root)} behind DequantizeLinear: put Cast(to=INT8) in front of it"
     if root is not None and (before_weight is None or before_weight.op != "DequantizeLinear"):
         yield f"weight {_of(root)} is widened to float without a DequantizeLinear right in front of the node"
-    block = None if before_weight is None else before_weight.attribute("block_size")
     if block is not None and block.i:
         yield f"weight {_of(root)} has one scale a block of {block.i}: the kernels take one a tensor or a channel"
     yield from _gemm_reasons(wiring, node, written_as)

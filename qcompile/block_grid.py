@@ -83,7 +83,7 @@ def _padded(values: Array, width: int) -> Array:
 
 def _nearest(values: Array, scale: Array, zero: Array) -> Array:
     """clip(round(w / s) + z, 0, 15) as float32, [rows, blocks, block]."""
-    return np.clip(np.rint(values / scale[:, :, None]) + zero[:, :, None].astype(np.float32), 0, TOP)
+    return np.asarray(np.clip(np.rint(values / scale[:, :, None]) + zero[:, :, None].astype(np.float32), 0, TOP))
 
 
 class _Search:

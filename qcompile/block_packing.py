@@ -30,11 +30,13 @@ def grid_tensors(integers: Array, grid: BlockGrid, *, transposed: bool = False) 
 
     integers: [rows, K] in 0..15. Symmetric grids become INT4 without zero points, others UINT4. transposed: K first.
     """
-    turn = (lambda a: a.T) if transposed else (lambda a: a)
+    values, scale, zero = integers.astype(np.int16), grid.scale, grid.zero_point
+    if transposed:
+        values, scale, zero = values.T, scale.T, zero.T
+    scale = np.ascontiguousarray(scale)
     if grid.symmetric:
-        return int4_tensor(turn(integers.astype(np.int16) - MIDDLE), signed=True), np.ascontiguousarray(turn(grid.scale)), None
-    stored = int4_tensor(turn(integers), signed=False)
-    return stored, np.ascontiguousarray(turn(grid.scale)), int4_tensor(turn(grid.zero_point), signed=False)
+        return int4_tensor(values - MIDDLE, signed=True), scale, None
+    return int4_tensor(values, signed=False), scale, int4_tensor(zero, signed=False)
 
 
 def nbits_weight(integers: Array, block: int) -> npt.NDArray[np.uint8]:

@@ -65,9 +65,10 @@ class Rescale:
 class Summary:
     """What a file holds.
 
-    formats: which of "qdq", "qoperator", "integer", "weight-only", "float" occur. integer_ops and float_ops count nodes by operator
-    (between Q and DQ counts as integer, and so does a product or look-up of weights in blocks of 4 bits; QuantizeLinear, DequantizeLinear and constants are not counted). weight_bytes:
-    stored bytes by element type. activation_quantisers: QuantizeLinear nodes on tensors that depend on the input.
+    formats: which of "qdq", "qoperator", "integer", "weight-only", "float" occur. integer_ops and float_ops count nodes by
+    operator (between Q and DQ counts as integer, and so does a product or look-up of weights in blocks of 4 bits;
+    QuantizeLinear, DequantizeLinear and constants are not counted). weight_bytes: stored bytes by element type.
+    activation_quantisers: QuantizeLinear nodes on tensors that depend on the input.
     """
 
     formats: tuple[str, ...]

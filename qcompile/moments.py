@@ -31,7 +31,7 @@ def input_covariance(node: Node, weight_shape: tuple[int, ...], arrays: Iterable
 def input_moment(node: Node, weight_shape: tuple[int, ...], arrays: Iterable[Array], count: int, seed: int = 0) -> Array:
     """Second moment E[x x^T] of those rows about zero, [groups, K, K]: where no bias takes care of the mean error."""
     covariance, mean = _covariance(node, weight_shape, arrays, count, seed)
-    return covariance + mean[:, :, None] * mean[:, None, :]
+    return np.asarray(covariance + mean[:, :, None] * mean[:, None, :])
 
 
 def input_variance(node: Node, weight_shape: tuple[int, ...], arrays: Iterable[Array], count: int, seed: int = 0) -> Array:
@@ -45,35 +45,31 @@ def input_power(node: Node, weight_shape: tuple[int, ...], arrays: Iterable[Arra
     return variance + np.square(mean)
 
 
-def _covariance(
-    node: Node, weight_shape: tuple[int, ...], arrays: Iterable[Array], count: int, seed: int
-) -> tuple[Array, Array]:
+def _covariance(node: Node, weight_shape: tuple[int, ...], arrays: Iterable[Array], count: int, seed: int) -> tuple[Array, Array]:
     """(covariance [groups, K, K], mean [groups, K])."""
     total: Array = np.zeros(())
-    mean, rows, shift = np.zeros(()), 0, np.zeros(())
+    mean, rows, origin = np.zeros(()), 0, np.zeros(())
     for part, shift in _sampled(node, weight_shape, arrays, count, seed):
         # float32 products and float64 sums lose nothing that matters beside the damping.
         total = total + np.matmul(np.swapaxes(part, 1, 2), part).astype(np.float64)
         mean = mean + part.sum(axis=1, dtype=np.float64)
-        rows += part.shape[1]
+        rows, origin = rows + part.shape[1], shift
     _require_rows(rows, node)
     mean = mean / rows
-    return total / rows - mean[:, :, None] * mean[:, None, :], mean + shift[:, 0]
+    return total / rows - mean[:, :, None] * mean[:, None, :], mean + origin[:, 0]
 
 
-def _variance(
-    node: Node, weight_shape: tuple[int, ...], arrays: Iterable[Array], count: int, seed: int
-) -> tuple[Array, Array]:
+def _variance(node: Node, weight_shape: tuple[int, ...], arrays: Iterable[Array], count: int, seed: int) -> tuple[Array, Array]:
     """(variance, mean), both [groups, K]."""
     total: Array = np.zeros(())
-    mean, rows, shift = np.zeros(()), 0, np.zeros(())
+    mean, rows, origin = np.zeros(()), 0, np.zeros(())
     for part, shift in _sampled(node, weight_shape, arrays, count, seed):
         total = total + np.square(part).sum(axis=1, dtype=np.float64)
         mean = mean + part.sum(axis=1, dtype=np.float64)
-        rows += part.shape[1]
+        rows, origin = rows + part.shape[1], shift
     _require_rows(rows, node)
     mean = mean / rows
-    return np.maximum(total / rows - np.square(mean), 0.0), mean + shift[:, 0]
+    return np.maximum(total / rows - np.square(mean), 0.0), mean + origin[:, 0]
 
 
 def _require_rows(rows: int, node: Node) -> None:
@@ -91,7 +87,7 @@ def rows_wanted(node: Node, weight_shape: tuple[int, ...], count: int) -> int:
 
 
 def rows_of(node: Node, weight_shape: tuple[int, ...], array: Array, wanted: int, random: np.random.Generator) -> Array:
-    """[groups, rows, K] float32: at most `wanted` of the rows that Conv, Gemm or MatMul `node` multiplies, for one sample's input."""
+    """[groups, rows, K] float32: at most `wanted` of the rows that `node` (Conv, Gemm, MatMul) multiplies, for one sample."""
     if node.op in _MATRIX_PRODUCTS:
         return _rows(array, weight_shape[1] if node.attr("transB", 0) else weight_shape[0], wanted, random)
     return _patches(node, weight_shape, array, node.attr("group", 1), wanted, random)

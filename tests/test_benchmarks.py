@@ -131,3 +131,12 @@ def test_an_unknown_task_is_refused(tmp_path: Path) -> None:
     finished = _run("compare.py", "--task", "nothing", "--output", tmp_path / "R.md")
     assert finished.returncode == 2
     assert "nothing is not there; there are digits_cnn" in finished.stderr
+
+
+def test_weight_only_files_are_timed_in_turn() -> None:
+    finished = _run("weight_only.py", "--width", "64", "--channels", "32", "--rows", "2", "--rounds", "1")
+    assert finished.returncode == 0, finished.stderr
+    head, *lines = finished.stdout.splitlines()
+    assert head.startswith("2 x 64 x 32: float ")
+    assert len(lines) == 9
+    assert all(" dB " in line and " size" in line for line in lines)

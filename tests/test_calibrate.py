@@ -40,10 +40,10 @@ def test_the_extremes_of_every_scale_source() -> None:
 
 
 def test_samples_are_kept_in_order_and_bounded() -> None:
-    feeds = images(150)
+    feeds = images(300)
     context = core_context(feeds)
     Calibrate().run(linked(), context)
-    assert len(context.samples) == 38  # every fourth of 150; 64 at most
+    assert len(context.samples) == 75  # every fourth of 300; 128 at most
     for index, sample in enumerate(context.samples):
         np.testing.assert_array_equal(sample["x"], feeds[4 * index]["x"])
 

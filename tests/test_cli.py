@@ -112,6 +112,11 @@ def test_defaults_reach_the_pipeline(command: Command, pipeline: FakePipeline) -
         "exclude": (),
         "opset": None,
         "inputs_as": "float32",
+        "activations": "int8",
+        "block": None,
+        "symmetric": None,
+        "spelling": None,
+        "accuracy_level": None,
         "preprocess": None,
         "bias_correction": True,
         "seed": 0,
@@ -127,10 +132,17 @@ def test_defaults_reach_the_pipeline(command: Command, pipeline: FakePipeline) -
     assert "wrote digits.int8.onnx" in out
 
 
+@pytest.mark.parametrize(("flag", "value"), [("--symmetric", True), ("--asymmetric", False)])
+def test_symmetry_reaches_the_pipeline(flag: str, value: bool, command: Command, pipeline: FakePipeline) -> None:
+    assert command("m.onnx", flag)[0] == 0
+    assert pipeline.call["symmetric"] is value
+
+
 def test_every_option_reaches_the_pipeline(command: Command, pipeline: FakePipeline, tmp_path: Path) -> None:
     args = "-o out.onnx --bits 8 --format qoperator --target vnni --data d.npz --samples 7 --preprocess imagenet --eval e.npz "
     args += "--max-drop 0.5 --min-agreement .9 "
     args += "--effort fast --ranges percentile --exclude head --exclude /b/* --opset 17 --inputs-as uint8 "
+    args += "--activations float --block 64 --symmetric --spelling portable --accuracy-level 1 "
     args += "--no-bias-correction --dump-passes dump --seed 3 --no-latency --quiet"
     report = tmp_path / "r.json"
     status, out, err = command("m.onnx", *args.split(), "--report", report)
@@ -152,6 +164,11 @@ def test_every_option_reaches_the_pipeline(command: Command, pipeline: FakePipel
         "exclude": ("head", "/b/*"),
         "opset": 17,
         "inputs_as": "uint8",
+        "activations": "float",
+        "block": 64,
+        "symmetric": True,
+        "spelling": "portable",
+        "accuracy_level": 1,
         "preprocess": "imagenet",
         "bias_correction": False,
         "seed": 3,
@@ -209,8 +226,11 @@ def test_a_subcommands_name_wins_over_a_file(command: Command, pipeline: FakePip
         pytest.param(["m.onnx", "--bits", "mixed"], "mixed is not implemented in this version", id="mixed bits"),
         pytest.param(["m.onnx", "--bits", "7"], "'--bits'", id="7 bits"),
         pytest.param(["m.onnx", "--format", "integer"], "integer is not implemented", id="integer format"),
-        pytest.param(["m.onnx", "--effort", "best"], "best is not implemented", id="best effort"),
         pytest.param(["m.onnx", "--target", "z80"], "'--target'", id="target"),
+        pytest.param(["m.onnx", "--activations", "int4"], "'--activations'", id="activations"),
+        pytest.param(["m.onnx", "--block", "16"], "'--block'", id="block"),
+        pytest.param(["m.onnx", "--spelling", "x"], "'--spelling'", id="spelling"),
+        pytest.param(["m.onnx", "--accuracy-level", "5"], "'--accuracy-level'", id="accuracy level"),
         pytest.param(["m.onnx", "--max-drop", "1"], "give them with --eval", id="limit without samples"),
         pytest.param(["m.onnx", "--min-agreement", ".9"], "give them with --eval", id="agreement without samples"),
         pytest.param(["m.onnx", "--min-agreement", "0", "--eval", "e.npz"], "0<x<=1", id="agreement of nothing"),

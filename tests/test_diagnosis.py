@@ -210,7 +210,7 @@ def test_method_and_gain() -> None:
     assert context.plan is not None
     context.diagnose = True
     RefineLayers().run(graph, context)
-    learned = [s for s in context.plan.linears if s.method == "second order"]
+    learned = [s for s in context.plan.linears if s.method != "nearest"]
     assert learned
     assert all(s.gain_db is None or s.gain_db > 0 for s in learned)
     assert any(s.gain_db is not None for s in learned)

@@ -10,7 +10,7 @@ from core_models import floats, model
 
 from qcompile.errors import DataError
 from qcompile.graph import Array, Graph, Node
-from qcompile.moments import conv_pads, input_covariance, input_variance
+from qcompile.moments import conv_pads, input_covariance, input_moment, input_power, input_variance
 from qcompile.runtime import Session
 
 
@@ -154,3 +154,22 @@ def test_the_variance_is_the_diagonal_of_the_covariance() -> None:
     expected = np.concatenate(rows).var(axis=0)
     np.testing.assert_allclose(variance[0], expected, rtol=1e-5, atol=1e-9)
     np.testing.assert_allclose(np.diag(covariance[0]), expected, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("op", ["MatMul (x, w)", "Gemm (x, w)"], ids=["matmul", "gemm"])
+def test_moments_about_zero_hold_the_mean(op: str) -> None:
+    weight = floats(6, 4)
+    node = Graph.from_proto(model(f"g (float[n, 6] x) => (float[n, 4] y) {{ y = {op} }}", w=weight)).nodes[0]
+    arrays = [floats(9, 6, seed=i) + np.arange(6, dtype=np.float32) * 10 for i in range(5)]
+    rows = np.concatenate(arrays).astype(np.float64)
+    expected = rows.T @ rows / len(rows)
+    np.testing.assert_allclose(input_moment(node, weight.shape, arrays, 5)[0], expected, rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(input_power(node, weight.shape, arrays, 5)[0], np.diag(expected), rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(input_covariance(node, weight.shape, arrays, 5), covariance(rows[None]), rtol=1e-3, atol=1e-3)
+
+
+def test_moments_without_samples_are_refused() -> None:
+    node = Graph.from_proto(model("g (float[n, 6] x) => (float[n, 4] y) { y = MatMul (x, w) }", w=floats(6, 4))).nodes[0]
+    for statistic in (input_moment, input_power):
+        with pytest.raises(DataError, match="no sample reaches it"):
+            statistic(node, (6, 4), [], 0)

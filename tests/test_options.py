@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from qcompile.context import Settings
+from qcompile.context import Settings, WeightOnly
 from qcompile.errors import InputError
-from qcompile.options import CHOICES, check_settings, output_path
+from qcompile.options import BLOCKS, CHOICES, SPELLINGS, check_settings, output_path, weight_only_of
 
 BAD = [
     pytest.param({"bits": 5}, r"--bits 5: this version", id="bits"),
@@ -31,6 +31,61 @@ def test_values_that_are_not_offered(settings: dict[str, Any], words: str) -> No
         check_settings(Settings(**settings), None, False)
     assert caught.value.exit_status == 2
     assert "\n" not in str(caught.value)
+
+
+PORTABLE = WeightOnly(spelling="portable", accuracy_level=None)
+BAD_WEIGHT_ONLY = [
+    pytest.param({"bits": 8}, r"--activations float --bits 8: .*give --bits 4", id="bits"),
+    pytest.param({"weight_only": WeightOnly(block=48)}, r"--block 48: choose one of 32, 64, 128", id="block"),
+    pytest.param({"weight_only": WeightOnly(spelling="q4")}, r"--spelling q4: choose one of matmulnbits", id="spelling"),
+    pytest.param({"weight_only": WeightOnly(accuracy_level=5)}, r"--accuracy-level 5: give a whole number", id="level"),
+    pytest.param({"weight_only": WeightOnly(accuracy_level=-1)}, r"--accuracy-level -1", id="negative level"),
+    pytest.param({"format": "qoperator"}, r"--activations float --format qoperator: .*use --format qdq", id="format"),
+    pytest.param({"inputs_as": "uint8"}, r"--activations float --inputs-as uint8: inputs stay float", id="inputs"),
+    pytest.param({"opset": 17}, r"--bits 4 --opset 17", id="opset"),
+    pytest.param({"target": "tensorrt"}, r"--target tensorrt: .*add --spelling portable --symmetric", id="tensorrt"),
+    pytest.param({"target": "tensorrt", "weight_only": PORTABLE}, r"--target tensorrt", id="tensorrt asymmetric"),
+]
+
+
+@pytest.mark.parametrize(("settings", "words"), BAD_WEIGHT_ONLY)
+def test_what_weight_only_does_not_go_with(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError, match=words) as caught:
+        check_settings(Settings(**{"bits": 4, "weight_only": WeightOnly(), **settings}), None, False)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("target", ["any", "vnni", "arm", "tensorrt"])
+def test_what_weight_only_goes_with(target: str) -> None:
+    for block in BLOCKS:
+        for spelling in SPELLINGS if target != "tensorrt" else ("portable",):
+            options = WeightOnly(block, True, spelling, None if spelling == "portable" else 0)
+            check_settings(Settings(bits=4, target=target, weight_only=options), None, False)
+
+
+def test_weight_only_options_have_defaults_and_go_with_float_activations() -> None:
+    assert weight_only_of("int8", None, None, None, None) is None
+    assert weight_only_of("float", None, None, None, None) == WeightOnly(32, False, "matmulnbits", 4)
+    assert weight_only_of("float", 128, True, "matmulnbits", 0) == WeightOnly(128, True, "matmulnbits", 0)
+    assert weight_only_of("float", None, None, "portable", None) == PORTABLE
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        pytest.param(
+            ("bfloat16", None, None, None, None), r"--activations bfloat16: choose one of int8, float", id="activations"
+        ),
+        pytest.param(("int8", 32, None, None, None), r"--block is for weight-only files; give --bits 4", id="block"),
+        pytest.param(("int8", None, False, None, None), r"--symmetric is for weight-only files", id="symmetric"),
+        pytest.param(("int8", None, None, "portable", None), r"--spelling is for weight-only files", id="spelling"),
+        pytest.param(("int8", None, None, None, 0), r"--accuracy-level is for weight-only files", id="level"),
+        pytest.param(("float", None, None, "portable", 0), r"leave it out with --spelling portable", id="level of no node"),
+    ],
+)
+def test_weight_only_options_that_go_with_nothing(arguments: tuple[Any, ...], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        weight_only_of(*arguments)
 
 
 @pytest.mark.parametrize("name", CHOICES)
