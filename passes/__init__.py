@@ -83,6 +83,7 @@ _DYNAMIC: tuple[Pass, ...] = (
     QuantiseDynamic(),
     QuantiseEmbeddings(),
     SumResiduals(),
+    PackInt4(),
 )
 _WEIGHT_ONLY: tuple[Pass, ...] = (*(p for p in PASSES if isinstance(p, _CANONICAL)), WeightOnlyInt4())
 _WITHOUT_DATA = (RecordBatchNorm, ExpectRanges, CorrectMeans)

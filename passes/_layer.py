@@ -14,11 +14,12 @@ from qcompile.context import Context
 from qcompile.errors import PassError
 from qcompile.graph import Const, Node, Value
 from qcompile.lattice import Grid, round_on_lattice
-from qcompile.moments import input_covariance
+from qcompile.moments import input_covariance, rows_of, rows_wanted
 from qcompile.passes.integer_bias import check_accumulator
 from qcompile.passes.round_weights import weight_matrix, weight_tensor
 from qcompile.plan import LinearSite
 from qcompile.qparams import least_scales
+from qcompile.reconstruction import Rows, fit_bias, reconstruct
 from qcompile.rounding import nearest
 from qcompile.runtime import Array
 from qcompile.walk import Stream, dequantise, linear_mean, mean_of
@@ -46,6 +47,8 @@ class Layer:
         assert isinstance(integers, Value)
         self.integers = integer_world.values(integers)
         self.exact = float_world.values(source)
+        self.rows: Rows | None = None
+        self.bias: Array | None = None
 
     @property
     def width(self) -> int:
@@ -71,6 +74,10 @@ class Layer:
         else:
             covariance = reduce(add, folds).covariances()[1]
             target, strength = compensate(weight, folds)
+        if settings.effort == "best" and folds is not None:
+            self.rows = self._rows(weight)
+            target, self.bias, behind = reconstruct(self.rows, weight, target, self._float_bias().reshape(weight.shape[:2]))
+            strength = min(strength, behind)
         grid = Grid(
             np.float32(self.site.source.scale),
             None if self.site.result is None else np.float32(self.site.result.scale),
@@ -100,12 +107,33 @@ class Layer:
         count = len(self.integers)
         return pair_moments(node, shape, self.exact, self.inputs(), count, context.settings.seed, with_exact=context.diagnose)
 
+    def _rows(self, weight: Array) -> Rows:
+        """Noisy inputs beside the float outputs, as far as the layer's integers can hold them."""
+        node, shape, settings = self.original, self.weight.shape, self.context.settings
+        wanted = rows_wanted(node, shape, len(self.integers))
+        draws = [np.random.default_rng(settings.seed) for _ in range(2)]
+        exact, noisy = (
+            np.concatenate([rows_of(node, shape, x, wanted, draw) for x in world], axis=1)
+            for world, draw in zip((self.exact, self.inputs()), draws, strict=True)
+        )
+        result, kind = self.site.result, self.context.activations
+        low, high = -np.inf, np.inf
+        if result is not None:
+            low, high = (float(result.scale) * (end - result.zero_point) for end in (kind.low, kind.high))
+        bias = self._float_bias().reshape(weight.shape[0], 1, weight.shape[1])
+        wanted_outputs = np.matmul(exact, np.swapaxes(weight, 1, 2).astype(np.float32)) + bias.astype(np.float32)
+        return Rows(noisy, np.clip(wanted_outputs, low, high).astype(np.float32), low, high)
+
+    def _float_bias(self) -> Array:
+        """The float model's bias [channels]; zeros where it has none."""
+        bias = self.original.constant(2)
+        channels = self.weight.shape[self.site.axis]
+        return np.zeros(channels) if bias is None else np.broadcast_to(bias.array().reshape(-1), (channels,)).astype(np.float64)
+
     def _least(self, target: Array) -> Array:
         """The scales [groups, channels] below which an accumulator could overflow."""
         rows = target.reshape(-1, target.shape[2])
-        bias = self.original.constant(2)
-        floats = None if bias is None else np.broadcast_to(bias.array().reshape(-1), (len(rows),))
-        return least_scales(rows, floats, float(self.site.source.scale), self.span).reshape(target.shape[:2])
+        return least_scales(rows, self._float_bias(), float(self.site.source.scale), self.span).reshape(target.shape[:2])
 
     def _set_scale(self, scale: Array) -> None:
         """Let weights and bias stand on `scale` [channels]; the bias is rounded anew."""
@@ -127,6 +155,8 @@ class Layer:
     def correct_bias(self) -> bool:
         """Move the int32 bias by the difference of the mean outputs, in steps of Sx*Sw."""
         site = self.site
+        if self.rows is not None and self.bias is not None:
+            return self._fit_bias(self.rows, self.bias)
         wanted = linear_mean(self.original, self.weight, mean_of(self.exact))
         shape = [1] * self.weight.ndim
         shape[site.axis] = -1
@@ -138,11 +168,25 @@ class Layer:
             plain.assign((plain.array() + wanted - reached).astype(np.float32))
             return True
         shift = np.rint((wanted - reached) / step).astype(np.int64)
-        bias = _integers(site.node, 2)
-        corrected = bias.array().astype(np.int64) + shift
-        check_accumulator(site, corrected, self.span)
-        bias.assign(corrected.astype(np.int32))
-        return bool(shift.any())
+        return self._set_bias(_integers(site.node, 2).array().astype(np.int64) + shift)
+
+    def _fit_bias(self, rows: Rows, start: Array) -> bool:
+        """The bias that the rounded weights want behind the activation."""
+        stored = weight_matrix(self.stored.array(), self.original.op, self.site.axis)
+        weight = (stored * self.scale[:, None].astype(np.float64)).reshape(*start.shape, -1)
+        bias = fit_bias(rows, weight, start).reshape(-1)
+        plain = self.site.node.constant(2)
+        if plain is not None:
+            plain.assign(bias.astype(np.float32))
+            return True
+        return self._set_bias(np.rint(bias / (float(self.site.source.scale) * self.scale.astype(np.float64))).astype(np.int64))
+
+    def _set_bias(self, wanted: Array) -> bool:
+        bias = _integers(self.site.node, 2)
+        check_accumulator(self.site, wanted, self.span)
+        moved = not np.array_equal(bias.array(), wanted)
+        bias.assign(wanted.astype(np.int32))
+        return moved
 
 
 def _gain(moments: PairMoments, weight: Array, before: Array, after: Array) -> float | None:

@@ -32,10 +32,9 @@ class PackInt4:
     def run(self, graph: Graph, context: Context) -> Report:
         """Rewrites: one a weight tensor. A weight outside [-8, 7] is refused."""
         report = Report()
-        if context.plan is None or context.settings.bits != 4:
+        if context.settings.bits != 4:
             return report
-        narrow = [site for site in context.plan.linears if context.settings.bits_for(site.node.name) == 4]
-        wanted = {site.stored.name for site in narrow if site.stored is not None}
+        wanted = _wanted(graph, context)
         for const in [c for c in graph.constants.values() if c.elem_type == TensorProto.INT8]:
             if const.name not in wanted and not _is_table(const):
                 continue
@@ -49,6 +48,15 @@ class PackInt4:
             graph.cleanup()
             graph.sort()
         return report
+
+
+def _wanted(graph: Graph, context: Context) -> set[str]:
+    """Names of the integer weights that are to be packed."""
+    if context.plan is None:  # activations quantised at run time
+        weights = [n.inputs[1] for n in graph.nodes if n.op == "MatMulInteger"]
+        return {w.name for w in weights if isinstance(w, Const)}
+    narrow = [site for site in context.plan.linears if context.settings.bits_for(site.node.name) == 4]
+    return {site.stored.name for site in narrow if site.stored is not None}
 
 
 def _is_table(const: Const) -> bool:

@@ -79,7 +79,7 @@ class _Inserter:
         matrix = product_matrix(node)
         bias = product_bias(graph, node)
         name, label, dims = weight.name, node.label, output.dims
-        integers, scale = self._round(matrix, label)
+        integers, scale = self._round(matrix, node)
         graph.remove(node)
         dynamic = self._quantise(x)
         stored = graph.constant(name + "_int8", integers)
@@ -102,8 +102,8 @@ class _Inserter:
             self.quantised[x] = self.graph.node("DynamicQuantizeLinear", [x], names, name=x.name + "_dq")
         return self.quantised[x]
 
-    def _round(self, matrix: Array, label: str) -> tuple[Array, Array]:
-        """int8 [K, N] and its scale [N]; the kernel's K order is that of the rows."""
+    def _round(self, matrix: Array, node: Node) -> tuple[Array, Array]:
+        """int8 [K, N] within the node's bits, and its scale [N]; the kernel's K order is that of the rows."""
         settings = self.context.settings
         try:
             result = quantise_weight(
@@ -112,7 +112,8 @@ class _Inserter:
                 None,
                 pair_rule=settings.target == "any",
                 candidates=8 if settings.effort == "fast" else 24,
+                top=settings.top_for(node.name),
             )
         except ValueError as error:
-            raise PassError(f"node '{label}': {error}; leave it float with --exclude '{label}'") from error
+            raise PassError(f"node '{node.label}': {error}; leave it float with --exclude '{node.label}'") from error
         return np.ascontiguousarray(result.values.T), result.scale

@@ -31,7 +31,8 @@ class RefineLayers:
 
     damping: float = 0.01
     name: str = "refine_layers"
-    keeps: Promise = field(default_factory=Lossy)
+    # 4 bits rounded to nearest (effort `fast`) may leave little but noise: that is reported, and no fault of a pass.
+    keeps: Promise = field(default_factory=lambda: Lossy(-6.0))
 
     def run(self, graph: Graph, context: Context) -> Report:
         """Rewrites: one a layer whose weights or bias moved. Needs int32 biases and `context.samples`; runs once."""

@@ -101,6 +101,16 @@ def test_bias_correction_can_be_left_out(tmp_path: Path) -> None:
     assert next(p for p in report["passes"] if p["name"] == "correct_means")["rewrites"] == 0
 
 
+def test_four_bits_without_data_are_four_bits(tmp_path: Path) -> None:
+    model = ROOT / "models" / "digits_vit.onnx"
+    report = compiled(model, tmp_path, bits=4)
+    wide = compile_model(model, tmp_path / "wide.onnx", latency=False).report
+    assert next(p for p in report["passes"] if p["name"] == "pack_int4")["rewrites"] == 13
+    assert report["size_bytes"]["quantised"] < 0.7 * wide["size_bytes"]["quantised"]
+    assert report["nodes"]["quantised"] == wide["nodes"]["quantised"]  # the same kernels run
+    assert report["accuracy"]["sqnr_db"] > 15
+
+
 def test_models_without_statistics_say_what_is_assumed(tmp_path: Path) -> None:
     text = "agraph (float[N, 3, 8, 8] x) => (float[N, 4, 8, 8] y) { c = Conv(x, w) y = Relu(c) }"
     onnx.save(parse(text, w=floats(4, 3, 1, 1)), tmp_path / "m.onnx")
