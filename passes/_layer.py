@@ -112,10 +112,12 @@ class Layer:
         node, shape, settings = self.original, self.weight.shape, self.context.settings
         wanted = rows_wanted(node, shape, len(self.integers))
         draws = [np.random.default_rng(settings.seed) for _ in range(2)]
-        exact, noisy = (
-            np.concatenate([rows_of(node, shape, x, wanted, draw) for x in world], axis=1)
+        drawn = (
+            [rows_of(node, shape, x, wanted, draw) for x in world]
             for world, draw in zip((self.exact, self.inputs()), draws, strict=True)
         )
+        # Every other sample first: the halves that judge each other are then alike, whatever order the data came in.
+        exact, noisy = (np.concatenate(rows[::2] + rows[1::2], axis=1) for rows in drawn)
         result, kind = self.site.result, self.context.activations
         low, high = -np.inf, np.inf
         if result is not None:

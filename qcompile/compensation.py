@@ -83,6 +83,8 @@ def pair_moments(
 ) -> list[PairMoments]:
     """Moments of the rows that Conv or Gemm `node` reads, at the same drawn positions of `exact` and `noisy`, in two folds.
 
+    Samples take turns, for calibration data are often in some order (by class, say).
+
     exact, noisy: the node's input in the float and in the quantised model for each of `count` samples. One sample: one fold.
     with_exact: as well the moments that `PairMoments.error` needs.
     """
@@ -95,7 +97,7 @@ def pair_moments(
         a, b = (rows_of(node, weight_shape, x, wanted, draw) for x, draw in zip((left, right), draws, strict=True))
         if shifts is None:
             shifts = a.mean(axis=1, keepdims=True), b.mean(axis=1, keepdims=True)
-        sums[index * parts // count].take(a - shifts[0], b - shifts[1])
+        sums[index % parts].take(a - shifts[0], b - shifts[1])
     return [s.total() for s in sums]
 
 
