@@ -18,7 +18,7 @@ from qcompile.moments import input_covariance, rows_of, rows_wanted
 from qcompile.passes.integer_bias import check_accumulator
 from qcompile.passes.round_weights import weight_matrix, weight_tensor
 from qcompile.plan import LinearSite
-from qcompile.qparams import least_scales
+from qcompile.qparams import WEIGHT_MAX, least_scales
 from qcompile.reconstruction import Rows, fit_bias, reconstruct
 from qcompile.rounding import nearest
 from qcompile.runtime import Array
@@ -74,7 +74,7 @@ class Layer:
         else:
             covariance = reduce(add, folds).covariances()[1]
             target, strength = compensate(weight, folds)
-        if settings.effort == "best" and folds is not None:
+        if settings.effort == "best" and folds is not None and self.top < WEIGHT_MAX:
             self.rows = self._rows(weight)
             target, self.bias, behind = reconstruct(self.rows, weight, target, self._float_bias().reshape(weight.shape[:2]))
             strength = min(strength, behind)
@@ -84,7 +84,7 @@ class Layer:
             pair_rule,
             self.top,
             damping,
-            _CANDIDATES[settings.effort] if self.top < 100 else 0,
+            _CANDIDATES[settings.effort] if self.top < WEIGHT_MAX else 0,
         )
         integers, scale = round_on_lattice(target, steps, covariance, self._least(target), grid)
         old = weight_matrix(self.stored.array(), op, axis)

@@ -46,7 +46,7 @@ class Equalise:
     strengths: tuple[float, ...] = (0.5, 0.75, 1.0)
     centre: bool = True
     samples: int = 12
-    least_gain_db: float = 0.3
+    least_gain_db: float = 1.0
     name: str = "equalise"
     keeps: Promise = field(default_factory=Close)
 
