@@ -440,12 +440,13 @@ def zoo_tasks() -> ModuleType:
 
 @pytest.mark.zoo
 @pytest.mark.parametrize("task", ["resnet20_cifar10", "squeezenet", "mobilenet_v1", "mobilenet_v2"])
-def test_real_models(task: str) -> None:
+@pytest.mark.parametrize("bits", [8, 4])
+def test_real_models(task: str, bits: int) -> None:
     """Before a float head (squeezenet: pooling and Softmax) the integer tensor that it reads is compared."""
     tasks = zoo_tasks()
     samples, inputs = (32, 50) if FULL else (2, 3)
     calibration: list[Feeds] = list(islice(getattr(tasks, f"{task}_calib")(), samples))
-    settings = Settings() if FULL else Settings(effort="fast", ranges="minmax")
+    settings = Settings(bits=bits) if FULL else Settings(bits=bits, effort="fast", ranges="minmax")
     context = Context(settings, samples=[dict(f) for f in calibration], calibration=lambda: calibration)
     qdq, qoperator = both_formats(load_model(ZOO / task / "model.onnx").graph, context)
     feeds = [f for f, _ in islice(getattr(tasks, f"{task}_eval")(), inputs)]

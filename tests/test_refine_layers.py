@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 from core_models import core_context, float_outputs, floats, images, model, outputs, run_core, sqnr
-from onnx import ModelProto
+from onnx import ModelProto, numpy_helper
 from test_round_weights import stored
 
 from qcompile.context import Context
@@ -163,3 +165,56 @@ def test_nothing_planned_nothing_done() -> None:
     graph = Graph.from_proto(source())
     assert RefineLayers().run(graph, core_context(FEEDS)).rewrites == 0
     assert IntegerBias().run(graph, core_context(FEEDS)).rewrites == 0
+
+
+@pytest.mark.parametrize("effort", ["default", "best"])
+@pytest.mark.parametrize("case", ["one sample", "constant input", "dead channel", "dead layer", "fewer rows than weights"])
+def test_poor_calibration_works_at_four_bits(case: str, effort: str) -> None:
+    proto, feeds = source(), FEEDS
+    if case == "one sample":
+        feeds = FEEDS[:1]
+    if case == "constant input":
+        feeds = [{"x": np.full_like(f["x"], 0.7)} for f in FEEDS[:4]]
+    if case == "fewer rows than weights":
+        feeds = [{"x": f["x"][:, :, :1, :1].repeat(8, 2).repeat(8, 3)} for f in FEEDS[:2]]
+    if case.startswith("dead"):
+        for tensor in proto.graph.initializer:
+            if tensor.name in ("w1", "w2")[: 1 if case == "dead channel" else 2]:
+                values = numpy_helper.to_array(tensor).copy()
+                values[0 if case == "dead channel" else slice(None)] = 0
+                tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+    graph, context, _ = run_core(proto, feeds, bits=4, effort=effort)
+    assert context.plan is not None
+    for result in outputs(graph, feeds, fuse=True):
+        assert np.isfinite(result).all()
+    for site in context.plan.linears:
+        q, scale = stored(site)
+        assert np.abs(q.astype(int)).max() <= 7
+        assert (scale > 0).all()
+
+
+def test_best_effort_gains_over_default_which_gains_over_fast() -> None:
+    floats_, reached = float_outputs(source(), FEEDS), {}
+    for effort in ("fast", "default", "best"):
+        graph, _, _ = run_core(source(), FEEDS, bits=4, effort=effort)
+        reached[effort] = sqnr(floats_, outputs(graph, FEEDS, fuse=True))
+    assert reached["default"] > reached["fast"] + 2
+    assert reached["best"] > reached["default"] - 0.5
+
+
+def test_scales_that_moved_stay_dyadic_and_carry_their_bias() -> None:
+    """With 4 bits a scale may move together with its integers: weights, bias and multiplier follow."""
+    _, context = compiled(bits=4, effort="best")
+    assert context.plan is not None
+    for site in context.plan.linears:
+        _, scale = stored(site)
+        reader = site.node.inputs[2].producer
+        assert reader is not None
+        steps = reader.constant(1)
+        assert steps is not None
+        np.testing.assert_array_equal(steps.array(), np.float32(site.source.scale) * scale)
+        if site.result is None:
+            continue
+        for value in scale:
+            ratio = Fraction(float(np.float32(np.float32(site.source.scale) * value) / np.float32(site.result.scale)))
+            assert (ratio * 2**16).denominator == 1
