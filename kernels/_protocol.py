@@ -10,7 +10,7 @@ from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from onnx import FunctionProto, NodeProto, TensorProto, helper, parser
+from onnx import AttributeProto, FunctionProto, NodeProto, TensorProto, helper, parser
 
 Array: TypeAlias = npt.NDArray[Any]
 Float64: TypeAlias = npt.NDArray[np.float64]
@@ -77,7 +77,9 @@ class Kernel(ABC):
     def node(self, inputs: Sequence[str], outputs: Sequence[str], name: str = "", constants: Sequence[str] = ()) -> NodeProto:
         """The call. `constants`: the names that `constants()` were given in the graph, in order (default: their own)."""
         given = list(constants) or list(self.constants())
-        return helper.make_node(self.name, [*inputs, *given], list(outputs), name=name, domain=DOMAIN, **self.attributes())
+        made = helper.make_node(self.name, [*inputs, *given], list(outputs), name=name, domain=DOMAIN)
+        made.attribute.extend(helper.make_attribute(key, value) for key, value in self.attributes().items())
+        return made
 
     def real(self, output: Array) -> Float64:
         """What output integers mean."""
@@ -94,7 +96,7 @@ def function(text: str, constants: Mapping[str, int] | None = None) -> FunctionP
     for attribute, element in (constants or {}).items():
         wide = element == TensorProto.INT64
         node = helper.make_node("Constant", [], [f"{attribute}_" if wide else f"{attribute}_wide"])
-        node.attribute.append(helper.make_attribute_ref_name(helper.make_attribute("value_int", 0), attribute))
+        node.attribute.add(name="value_int", ref_attr_name=attribute, type=AttributeProto.INT)
         first.append(node)
         if not wide:
             first.append(helper.make_node("Cast", [f"{attribute}_wide"], [f"{attribute}_"], to=element))
