@@ -2,8 +2,8 @@
 
     attention = sum_j e_j v_j / sum_j e_j
 
-With e in u8 the sums of e_j v_j are one integer MatMul; [queries, width] of them are divided, not [queries, keys], and no probability
-is rounded to 8 bits. The quotient is a weighted mean of v, so it keeps v's range; m is how much finer its scale is:
+With e in u8 the sums of e_j v_j are one integer MatMul; [queries, width] of them are divided, not [queries, keys], and no
+probability is rounded to 8 bits. The quotient is a weighted mean of v, so it keeps v's range; m is how much finer its scale is:
 
     y = floor( context * m / sum + 1/2 ),  scale Sv / m
 

@@ -3,8 +3,8 @@
     y = table[x],   table[q] = saturate( round_half_even( f((q - zx) Sx) / Sy ) + zy )
 
 Exact by definition: the error is that of rounding, half a step, where the output does not saturate. The output may be wider than
-the input (int16, int32). GatherElements takes 1.5 ns for an element in onnxruntime, Gather 12. An int8 input indexes with its sign:
-negative indices count from the end, so entry 128 is that of -128. Functions of several nodes in a row are one table.
+the input (int16, int32). GatherElements takes 1.5 ns for an element in onnxruntime, Gather 12. An int8 input indexes with its
+sign: negative indices count from the end, so entry 128 is that of -128. Functions of several nodes in a row are one table.
 """
 
 from __future__ import annotations

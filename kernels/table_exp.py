@@ -21,7 +21,7 @@ from qcompile.kernels._protocol import Array, Float64, Kernel, function, within
 from qcompile.kernels._rows import distance, distance_text, exponentials
 from qcompile.kernels.table import lookup_text
 
-_FINEST, _COARSEST = 2.0**-26, 8.0
+_FINEST, _COARSEST = 2.0**-26, 1.0
 _PLAIN_LOW = 2.0**-14
 _TOP = 255
 
@@ -35,7 +35,7 @@ class TableExp(Kernel):
     entries: Array = field(init=False, repr=False, compare=False)
 
     source: ClassVar[str] = "exact by definition"
-    domain: ClassVar[str] = "int32 scores, any; scale 2^-26..8"
+    domain: ClassVar[str] = "int32 scores, any; scale 2^-26..1"
     TOLERANCE: ClassVar[float] = 0.5 / _TOP + 2.0**-15  # half a step, and half of 2^k distances of 2^-14 or less together
 
     def __post_init__(self) -> None:
