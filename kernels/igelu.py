@@ -32,7 +32,7 @@ from qcompile.kernels._functions import gelu, gelu_tanh
 from qcompile.kernels._protocol import Array, Float64, Kernel, function, within
 
 _A, _B = 0.2888, 1.769
-_FINEST, _COARSEST = 2.0**-13, 0.1
+_FINEST, _COARSEST = 2.0**-13, 0.1 * (1 + 2.0**-24)  # the float32 nearest to .1 is a little above it
 _REACH = 8.0  # the output saturates at a larger x than this
 _INT32_MAX = 2**31 - 1
 _CHOICE_FROM = 0.01  # below, any rounding is within 1.85e-2; step is 1 above

@@ -108,9 +108,7 @@ class Table(Kernel):
             y = np.asarray(self.f(x), np.float64)
         bad = np.isnan(y)
         if bad.any():
-            raise ValueError(
-                f"table: the function is not a number at {x[bad].flat[0]:g}, which the input's range holds: clip it before"
-            )
+            raise ValueError(f"table: the function is NaN at {x[bad].flat[0]:g}, which the input's range holds: clip it before")
         low, high = _range(self.output_type)
         return np.asarray(np.clip(y, (low - self.zero_point) * self.scale, (high - self.zero_point) * self.scale))
 

@@ -161,7 +161,7 @@ def model_of(kernel: Kernel, inputs: Sequence[Array]) -> ModelProto:
         helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(value.dtype), [None] * value.ndim)
         for name, value in zip(names, inputs, strict=True)
     ]
-    kind = kernel.reference(*(value[:0] for value in inputs)).dtype
+    kind = kernel.reference(*(value[:1] for value in inputs)).dtype
     rank = max(value.ndim for value in inputs)
     made = helper.make_tensor_value_info("y", helper.np_dtype_to_tensor_dtype(kind), [None] * rank)
     graph = helper.make_graph(
