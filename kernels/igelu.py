@@ -12,10 +12,10 @@ On integers q with scale S, u = q Se, Se = S/sqrt2:  B ~ 1.769 / Se,  C ~ 1 / (0
 The step is S/(2C) with the rounded C: so y is exactly 0 below -1.769 sqrt2 = -2.5, and exactly x above 2.5.
 
 How B and C are rounded matters on coarse scales: floored as in the paper they cost 3.3e-2 at S = .1. Of B's two neighbours, each
-with C from S and with C from B, the pair with the smallest largest error is taken: 1.91e-2 at most for S <= .1 (nearest integers:
+with C from S and with C from B, the pair with the smallest largest error is taken: 1.90e-2 at most for S <= .1 (nearest integers:
 2.08e-2).
 
-Fine, for S below .0043: the numerator would carry y beyond int32; it is divided by a power of two first. The tanh form of GELU
+Fine, for S below .0037: the numerator would carry y beyond int32; it is divided by a power of two first. The tanh form of GELU
 (Hendrycks and Gimpel 2016, equation 2) is within 4.8e-4 of the other and maps here too.
 """
 

@@ -136,7 +136,10 @@ CASES: dict[str, Case] = {
     **{f"ISoftmax masked {s:g}": _scored(ISoftmax(s, masked=True)) for s in (1e-6, 3e-4, 0.11)},
     "ISoftmax long": _scored(ISoftmax(4e-5, longest=4096)),
     "ISoftmax short, 1/255": _scored(ISoftmax(4e-5, longest=400, levels=255)),
-    **{f"IGelu {s:g}": _gelu(IGelu(s)) for s in (2.0**-13, 3e-4, 1e-3, 4e-3, 4.3e-3, 9e-3, 0.01, 0.03, 0.05, 0.091, 0.098, 0.1)},
+    **{
+        f"IGelu {s:g}": _gelu(IGelu(s))
+        for s in (2.0**-13, 3e-4, 1e-3, 3.7e-3, 3.75e-3, 9e-3, 0.01, 0.03, 0.05, 0.091, 0.098, 0.1)
+    },
     "IGelu tanh 0.05": _gelu(IGelu(0.05, tanh=True)),
     **{f"INormalise {n}": _normalise(INormalise(0.02, longest=n)) for n in (1, 128, 512, 8192)},
     "Table Sigmoid": _table_of("Sigmoid", 1 / 256, 0),

@@ -34,7 +34,7 @@ def test_every_scale_is_within_the_tolerance() -> None:
         kernel = IGelu(scale)
         q = np.unique(np.linspace(-8 / scale, 8 / scale, 6000).astype(np.int32))
         worst = max(worst, float(np.abs(kernel.real(kernel.reference(q)) - exact(q * scale)).max()))
-    assert 1.8e-2 < worst <= 1.92e-2
+    assert 1.8e-2 < worst <= 1.90e-2
 
 
 def test_the_tanh_form_maps_here_too() -> None:
@@ -49,7 +49,7 @@ def test_the_tanh_form_maps_here_too() -> None:
         np.testing.assert_allclose(kernel.oracle(q), np.interp(q * scale, x, tanh), atol=1e-6)
 
 
-@pytest.mark.parametrize("scale", [2.0**-13, 1e-3, 0.0042, 0.0044, 0.05, 0.1], ids=str)
+@pytest.mark.parametrize("scale", [2.0**-13, 1e-3, 0.0037, 0.00375, 0.05, 0.1], ids=str)
 def test_the_tails_are_exact(scale: float) -> None:
     """0 below -2.6, x above 2.6 up to where the output saturates, which is at 8 or more."""
     kernel = IGelu(scale)

@@ -8,9 +8,11 @@ import pytest
 from kernel_cases import CASES, Case, evaluate, feeds_of, model_of
 from onnx import ModelProto, TensorProto, inliner
 
+from qcompile.graph import Graph
 from qcompile.kernels import KERNELS
 from qcompile.kernels._protocol import Array
 from qcompile.runtime import Optimisation, Session
+from qcompile.sessions import graph_session
 
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
 INTEGERS = {
@@ -92,6 +94,16 @@ def test_one_body_one_set_of_attributes(case: Case) -> None:
     assert function.name == case.kernel.name
     assert list(function.attribute) == list(case.kernel.attributes())
     assert list(function.input)[len(function.input) - len(case.kernel.constants()) :] == list(case.kernel.constants())
+
+
+@every_case
+def test_the_graph_layer_writes_it_out(case: Case) -> None:
+    """Loading inlines functions: the attributes of each call must arrive in its body."""
+    inputs = tuple(value[:50] for value in case.inputs()[0])
+    graph = Graph.from_proto(model_of(case.kernel, inputs))
+    assert {node.domain for node in graph.nodes} == {""}
+    got = graph_session(graph, threads=1).run(feeds_of(inputs))["y"]
+    np.testing.assert_array_equal(got, case.kernel.reference(*inputs))
 
 
 def test_two_calls_of_one_function_keep_their_own_scales() -> None:
