@@ -1,1 +1,19 @@
-"""Integer kernels: one file each, a numpy reference beside its ONNX lowering."""
+"""Integer kernels: one file each, a numpy reference beside its ONNX lowering; the registry is `KERNELS`, one line a kernel."""
+
+from __future__ import annotations
+
+from qcompile.kernels._protocol import Kernel
+from qcompile.kernels.igelu import IGelu
+from qcompile.kernels.inormalise import INormalise
+from qcompile.kernels.isoftmax import IExp, ISoftmax
+from qcompile.kernels.table import Table
+from qcompile.kernels.table_exp import TableExp
+
+KERNELS: tuple[type[Kernel], ...] = (
+    IExp,
+    IGelu,
+    INormalise,
+    ISoftmax,
+    Table,
+    TableExp,
+)
