@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 import qcompile
 from qcompile.accuracy import Accuracy
 from qcompile.audit import Audit, audit
+from qcompile.certificate import certify
 from qcompile.check import Measured, Progress, fusion_json, measure, nodes_json
 from qcompile.compact import compact
 from qcompile.compare_targets import FREE, both_targets
@@ -23,7 +24,7 @@ from qcompile.data import Dataset, load_dataset
 from qcompile.errors import DataError, InputError, LimitError, QcompileError
 from qcompile.fallback import LEAST_SAMPLES, Found, Raised, Trial, search
 from qcompile.graph import Graph
-from qcompile.graph_io import forget_inner_types, load_proto, write_model
+from qcompile.graph_io import forget_inner_types, load_proto, write_functions_out, write_model
 from qcompile.integer_inputs import take_integers
 from qcompile.limits import Limits
 from qcompile.load import Loaded, load_model
@@ -74,6 +75,7 @@ def compile_model(
     exclude: Sequence[str] = (),
     opset: int | None = None,
     inputs_as: str = "float32",
+    inline: bool = False,
     activations: str = "int8",
     block: int | None = None,
     symmetric: bool | None = None,
@@ -91,7 +93,7 @@ def compile_model(
     """Compile a float ONNX model to an integer one, write it and measure it against the original.
 
     data, eval_data: a SPEC (see `qcompile.data`) or a Dataset; without a limit `eval_data` never changes the written bytes.
-    activations: int8, or float for weight-only INT4, whose options are block, symmetric, spelling and accuracy_level.
+    inline: in format integer, functions are written out. activations: int8, or float for weight-only INT4, whose options are block, symmetric, spelling and accuracy_level.
     max_drop: the largest drop of top-1 accuracy, in percentage points, that `eval_data` (with labels) must not contradict;
     min_agreement: the least share of samples that keep their class. Where a limit does not hold on one half of `eval_data`,
     layers are raised to 8 bits, then to float, until it does; the verdict is on the other half (`qcompile.fallback`).
@@ -115,6 +117,7 @@ def compile_model(
         inputs_as=inputs_as,
         opset=opset,
         seed=seed,
+        inline=inline,
         weight_only=weight_only_of(activations, block, symmetric, spelling, accuracy_level),
     )
     check_settings(settings, max_drop, eval_data is not None, min_agreement)
@@ -133,7 +136,8 @@ def compile_model(
         if limits.given and given.evaluation is not None:
             chosen_by, judged_on = given.evaluation.halves()
             may_raise = sum(1 for _ in islice(given.evaluation, 2)) == 2  # else there is nothing left to judge on
-            found = search(compiler.trials(built, chosen_by), limits, bits, may_raise=may_raise)
+            to_float = format != "integer"
+            found = search(compiler.trials(built, chosen_by), limits, bits, may_raise=may_raise, to_float=to_float)
             built = found.best.built
             built.loaded.graph.save(path)
             given = replace(given, evaluation=judged_on if found.moves else given.evaluation)
@@ -205,6 +209,8 @@ class _Compiler:
             take_integers(graph)
         if settings.opset is not None:
             lower_opset(graph, settings.opset)
+        if settings.inline:
+            write_functions_out(graph)
         forget_inner_types(graph)
         compact(graph)
         shorten_names(graph, known)
@@ -324,6 +330,7 @@ def _report(source: Path, path: Path, built: _Built, audited: Audit, measured: M
         "size_bytes": measured.size_json(),
         "nodes": nodes_json(audited),
         "fusion": fusion_json(audited),
+        **({"integer_only": certify(path).as_json()} if settings.format == "integer" else {}),
         "data": {"calibration": given.kind, "samples": built.context.calibrated},
         "notes": loaded.notes,
         "warnings": warnings,
