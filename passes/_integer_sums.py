@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from onnx import TensorProto, helper
 
@@ -26,17 +28,24 @@ def become(graph: Graph, node: Node, op: str, inputs: list[Tensor]) -> Value:
     return made
 
 
+def plumb(graph: Graph, op: str, inputs: list[Tensor], result: Value, **attrs: Any) -> Node:
+    """Append a node without a name: it belongs to the operator before it, and long names are a tenth of a small file."""
+    node = graph.node(op, inputs, [result], **attrs)
+    node.name = ""
+    return node
+
+
 def centred(graph: Graph, integers: Tensor, zero: int, base: str) -> Value:
     """int32: integers - zero point."""
     wide = int32_value(graph, f"{base}_wide", integers)
-    graph.node("Cast", [integers], [wide], to=TensorProto.INT32)
+    plumb(graph, "Cast", [integers], wide, to=TensorProto.INT32)
     return wide if zero == 0 else minus(graph, wide, zero, base)
 
 
 def minus(graph: Graph, value: Value, constant: int, base: str) -> Value:
     """int32: value - constant."""
     less = int32_value(graph, f"{base}_centred", value)
-    graph.node("Sub", [value, graph.constant(f"{base}_zero", np.asarray(constant, np.int32))], [less])
+    plumb(graph, "Sub", [value, graph.constant(f"{base}_zero", np.asarray(constant, np.int32))], less)
     return less
 
 
@@ -47,7 +56,7 @@ def sum_of_positions(graph: Graph, node: Node, integers: Tensor, zero: int, coun
     """
     base = node.outputs[0].name
     wide = int32_value(graph, f"{base}_wide", integers)
-    graph.node("Cast", [integers], [wide], to=TensorProto.INT32)
+    plumb(graph, "Cast", [integers], wide, to=TensorProto.INT32)
     axes = graph.constant(f"{base}_axes", np.arange(2, rank, dtype=np.int64))
     total = become(graph, node, "ReduceSum", [wide, axes])
     return total if zero == 0 else minus(graph, total, zero * count, base)

@@ -153,9 +153,8 @@ def _call(
     declare(graph, function)
     low, high = _RANGES[elem_type]
     ends = graph.constant(f"{name}_zero", np.asarray(zero, np.int32))
-    node = graph.node(
-        function, [*inputs, ends], [result], name=f"{name}_rescale", domain=DOMAIN, to=elem_type, low=low, high=high
-    )
+    node = graph.node(function, [*inputs, ends], [result], domain=DOMAIN, to=elem_type, low=low, high=high)
+    node.name = ""  # the metadata say whose rescale it is
     node.source = NodeProto()
     for key, value in notes.items():
         node.source.metadata_props.add(key=f"qcompile.{key}", value=value)

@@ -15,7 +15,7 @@ from onnx import TensorProto
 
 from qcompile.context import Context
 from qcompile.graph import Graph, Node
-from qcompile.passes._integer_sums import sum_of_positions
+from qcompile.passes._integer_sums import plumb, sum_of_positions
 from qcompile.placement import pool_area
 from qcompile.rewrite import Close, Promise, Report
 
@@ -64,5 +64,5 @@ def _rewrite(graph: Graph, node: Node) -> str | None:
     result = node.outputs[0]
     step = np.asarray(scale.array().reshape(()) / np.float32(area), np.float32)
     total = sum_of_positions(graph, node, dequantise.inputs[0], int(zero.array().reshape(())), area, len(dims))
-    graph.node("DequantizeLinear", [total, graph.constant(f"{result.name}_scale", step)], [result])
+    plumb(graph, "DequantizeLinear", [total, graph.constant(f"{result.name}_scale", step)], result)
     return None

@@ -24,7 +24,7 @@ from typing import TypeAlias
 import numpy as np
 from onnx import TensorProto, helper
 
-from qcompile.certificate import certify
+from qcompile.certificate import COMPUTES, certify
 from qcompile.context import Context
 from qcompile.dyadic import (
     Array,
@@ -37,10 +37,11 @@ from qcompile.dyadic import (
 from qcompile.errors import ModelError
 from qcompile.graph import Const, Graph, Node, Tensor, Value
 from qcompile.interpret_values import why_not_dyadic, why_not_tie_free
-from qcompile.passes._integer_sums import become, centred, int32_value, sum_of_positions
+from qcompile.passes._integer_sums import become, centred, int32_value, plumb, sum_of_positions
 from qcompile.passes._rescale import common_shift, dyadic_rescale, ratio_rescale
 from qcompile.rewrite import Exact, Promise, Report
 
+_MICROSOFT = "com.microsoft"
 _INT32_MAX = 2**31 - 1
 _LARGEST = 255  # of |integer - zero point| in 8 bits
 _SUM_SHIFT = 20
@@ -66,12 +67,17 @@ class LowerInteger:
                 report.rewrites += 1
         graph.cleanup()
         graph.sort()
+        used = {n.domain or "" for n in graph.nodes}
+        imports = [o for o in graph.shell.opset_import if o.domain != _MICROSOFT or _MICROSOFT in used]
+        del graph.shell.opset_import[:]
+        graph.shell.opset_import.extend(imports)
         found = certify(graph.to_proto())
         if found.floats:
-            first = next((f for f in found.floats if f.op not in _CONVERSIONS), found.floats[0])
+            computing = [f for f in found.floats if f.reason == COMPUTES] or [f for f in found.floats if f.op not in _CONVERSIONS]
+            first = (computing or found.floats)[0]
             raise ModelError(
                 f"node '{first.node}' ({first.op}): {first.reason}, and --format integer leaves no float between the ends "
-                f"({len(found.floats)} such nodes); use --format qoperator or qdq"
+                f"({len(found.floats)} such tensors); use --format qoperator or qdq"
             )
         return report
 
@@ -158,7 +164,7 @@ def _product(graph: Graph, node: Node, op: str, x: _Quantised, w: _Quantised, we
     if bias is None:
         return acc
     total = int32_value(graph, result.name + "_sum", result)
-    graph.node("Add", [acc, bias], [total], name=f"{node.name}_bias")
+    plumb(graph, "Add", [acc, bias], total)
     return total
 
 
@@ -173,10 +179,15 @@ def _check_sum(node: Node, weight: Const | None, w: _Quantised, axes: tuple[int,
         raise _refusal(node, "its sum can leave int32")
 
 
-def _rescaled(graph: Graph, node: Node, acc: Tensor, multiplier: Array, y: _Quantised, notes: dict[str, str]) -> None:
-    """End `node` in 8 bits; `multiplier` broadcasts to `acc`."""
+def _multiplier(node: Node, multiplier: Array) -> Array:
+    """`multiplier` where it is dyadic; else the node is refused."""
     if not is_exact_dyadic(multiplier).all():
         raise _refusal(node, why_not_dyadic(multiplier))
+    return multiplier
+
+
+def _rescaled(graph: Graph, node: Node, acc: Tensor, multiplier: Array, y: _Quantised, notes: dict[str, str]) -> None:
+    """End `node` in 8 bits; `multiplier` broadcasts to `acc`."""
     b, c = common_shift(multiplier)
     assert isinstance(y.integers, Value)
     dyadic_rescale(graph, acc, b, c, y.zero_point, y.integers, y.elem_type, node.name, notes)
@@ -193,7 +204,7 @@ def _conv(graph: Graph, node: Node) -> None:
     rank = len(weight.dims)
     values = None if bias is None else bias.array()
     _check_sum(node, weight, w, tuple(range(1, rank)), values)
-    multiplier = linear_multiplier(x.scale, w.scale, y.scale)
+    multiplier = _multiplier(node, linear_multiplier(x.scale, w.scale, y.scale))
     notes = _notes(node, x=x, w=w, y=y)
     column = None if values is None else _int(graph, node, "bias", values.reshape(-1, *[1] * (rank - 2)))
     if multiplier.ndim:
@@ -213,20 +224,23 @@ def _gemm(graph: Graph, node: Node) -> None:
     y = _quantised(node, -1, 7) if node.input(7) is not None else None
     column = 0 if node.attr("transB", 0) else 1
     _check_sum(node, weight, w, (1 - column,), None if bias is None else bias.array())
+    multiplier = None
+    if y is not None:
+        _per_tensor(node, y)
+        multiplier = _multiplier(node, linear_multiplier(x.scale, w.scale, y.scale))
     if column == 0:
         weight = _transposed(graph, weight)
     notes = _notes(node, x=x, w=w) if y is None else _notes(node, x=x, w=w, y=y)
     result = node.outputs[0]
     node.attrs.clear()
     acc = _product(graph, node, "MatMulInteger", x, w, weight, bias)
-    if y is not None:
-        _per_tensor(node, y)
-        _rescaled(graph, node, acc, linear_multiplier(x.scale, w.scale, y.scale), y, notes)
+    if y is not None and multiplier is not None:
+        _rescaled(graph, node, acc, multiplier, y, notes)
         return
     # The float end. fl(acc) * fl(Sx*Sw), as the fused operator computes it.
     scale = graph.constant(f"{result.name}_scale", np.asarray(x.scale * w.scale, np.float32))
     attrs = {"axis": 1} if w.scale.ndim else {}
-    graph.node("DequantizeLinear", [acc, scale], [result], name=f"{node.name}_dequantise", **attrs)
+    plumb(graph, "DequantizeLinear", [acc, scale], result, **attrs)
 
 
 def _transposed(graph: Graph, weight: Const) -> Const:
@@ -244,7 +258,7 @@ def _matmul(graph: Graph, node: Node) -> None:
     weight = node.constant(3)
     _check_sum(node, weight, w, (-2,), None)
     notes = _notes(node, x=x, w=w, y=y)
-    multiplier = linear_multiplier(x.scale, w.scale, y.scale)
+    multiplier = _multiplier(node, linear_multiplier(x.scale, w.scale, y.scale))
     acc = _product(graph, node, "MatMulInteger", x, w, node.inputs[3], None)
     _rescaled(graph, node, acc, multiplier, y, notes)
 
@@ -268,7 +282,7 @@ def _add(graph: Graph, node: Node) -> None:
     for role, operand, factor in zip("ab", (a, b), factors or p, strict=True):
         term = int32_value(graph, f"{base}_{role}", operand.integers)
         inside = centred(graph, operand.integers, operand.zero_point, f"{base}_{role}")
-        graph.node("Mul", [inside, _int(graph, node, f"{role}_factor", factor)], [term])
+        plumb(graph, "Mul", [inside, _int(graph, node, f"{role}_factor", factor)], term)
         terms.append(term)
     total = become(graph, node, "Add", terms)
     assert isinstance(y.integers, Value)
@@ -317,17 +331,17 @@ def _pool(graph: Graph, node: Node) -> None:
     count = int(np.prod(spatial))
     if _LARGEST * count > _INT32_MAX:
         raise _refusal(node, "its sum can leave int32")
-    notes = _notes(node, x=x, y=y)
+    notes, multiplier = _notes(node, x=x, y=y), _multiplier(node, pool_multiplier(x.scale, y.scale, count))
     total = sum_of_positions(graph, node, x.integers, x.zero_point, count, len(dims))
-    _rescaled(graph, node, total, pool_multiplier(x.scale, y.scale, count), y, notes)
+    _rescaled(graph, node, total, multiplier, y, notes)
 
 
 _Form: TypeAlias = Callable[[Graph, Node], None]
 _FORMS: dict[tuple[str, str], _Form] = {
     ("", "QLinearConv"): _conv,
     ("", "QLinearMatMul"): _matmul,
-    ("com.microsoft", "QGemm"): _gemm,
-    ("com.microsoft", "QLinearAdd"): _add,
-    ("com.microsoft", "QLinearGlobalAveragePool"): _pool,
-    ("com.microsoft", "QLinearMul"): _mul,
+    (_MICROSOFT, "QGemm"): _gemm,
+    (_MICROSOFT, "QLinearAdd"): _add,
+    (_MICROSOFT, "QLinearGlobalAveragePool"): _pool,
+    (_MICROSOFT, "QLinearMul"): _mul,
 }

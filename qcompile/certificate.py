@@ -25,6 +25,8 @@ EndKind: TypeAlias = Literal["quantise input", "dequantise output", "float head"
 _HEADS = frozenset({"ArgMax", "LogSoftmax", "Sigmoid", "Softmax"})
 _SCALINGS = frozenset({"Cast", "DequantizeLinear", "Mul"})
 _WAY_OUT = CARRIES | _HEADS | _SCALINGS
+#: Why of a float tensor that no movement or conversion made.
+COMPUTES = "computes in float"
 _UNDEFINED = int(TensorProto.UNDEFINED)
 #: Inputs that say where elements go, not what they are: sizes of Resize as ratios.
 _POSITIONS = {"Resize": (1, 2), "Upsample": (1,)}
@@ -157,21 +159,20 @@ class _Judge:
                 found.append(FloatTensor(name, node.label, node.op, _why(node)))
         if found:
             return found
-        positions = _POSITIONS.get(node.op, ())
-        read = [n for i, n in enumerate(node.inputs) if n and i not in positions and scope.elem_type(n) in FLOATS]
-        if not read:
+        # What a node of the graph makes is named there; left are graph inputs and constants, but for scales.
+        positions = (1, 2) if node.op == "QuantizeLinear" else _POSITIONS.get(node.op, ())
+        given = [n for i, n in enumerate(node.inputs) if n and i not in positions and scope.elem_type(n) in FLOATS]
+        outside = next((n for n in given if scope.producer(n) is None or scope.root(n) is not None), None)
+        if outside is None:
             return []
-        if node.op.startswith("QLinear") or node.op == "QGemm":
-            return [FloatTensor(read[0], node.label, node.op, "rescales by a float multiplier")]
-        if node.op == "QuantizeLinear":
-            return [FloatTensor(node.inputs[0], node.label, node.op, "quantises a float tensor that is no input")]
-        return [FloatTensor(read[0], node.label, node.op, "reads a float tensor")]
+        inside = node.op.startswith("QLinear") or node.op == "QGemm"
+        return [FloatTensor(outside, node.label, node.op, "rescales by a float multiplier" if inside else "reads a float tensor")]
 
 
 def _why(node: Node) -> str:
     if node.op == "DequantizeLinear":
         return "goes from integers to float where the graph does not end"
-    return "moves a float tensor" if node.op in CARRIES else "computes in float"
+    return "moves a float tensor" if node.op in CARRIES else COMPUTES
 
 
 def _constant(scope: Wiring, node: Node) -> bool:
