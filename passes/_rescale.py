@@ -3,7 +3,8 @@
     DyadicRescale(x, b, c, zero) = clip(round_half_even(x * b / 2^c) + zero, low, high)
     RatioRescale(x, p, q, zero)  = clip(round(x * p / q) + zero, low, high), q odd: there are no ties
 
-`x` is any int32 tensor, the result 8-bit. `b` or `p` is int32, one or one a channel, and broadcasts to `x`; the others are scalars.
+`x` is any int32 tensor, the result 8-bit. `b` or `p` is int32, one or one a channel, and broadcasts to `x`; the others are
+scalars.
 
 No step leaves int32. Dyadic, with 1 <= c <= 20 and b <= 2^(c+8): x is first held within +-ceil(2^(c+8)/b). What is cut off is
 beyond +-256 after the rescale, as is the bound itself, so it saturates alike. Then |x*b| < 2^(c+8) + b <= 2^(c+9), and
@@ -24,7 +25,7 @@ from qcompile.dyadic import Array, as_dyadic
 from qcompile.graph import Graph, Node, Tensor, Value
 
 DOMAIN = "qcompile"
-_RANGES = {TensorProto.UINT8: (0, 255), TensorProto.INT8: (-128, 127)}
+_RANGES: dict[int, tuple[int, int]] = {TensorProto.UINT8: (0, 255), TensorProto.INT8: (-128, 127)}
 _MAX_SHIFT = 20
 _MAX_DENOMINATOR = 1023
 

@@ -22,7 +22,7 @@ from fractions import Fraction
 from typing import TypeAlias
 
 import numpy as np
-from onnx import TensorProto, helper
+from onnx import helper
 
 from qcompile.certificate import COMPUTES, certify
 from qcompile.context import Context

@@ -84,6 +84,12 @@ def cli() -> None:
     default="qdq",
     help="Operators written; integer: no float between the ends.  [qdq]",
 )
+@click.option(
+    "--io",
+    type=click.Choice(["float", "integer"]),
+    default="float",
+    help="With --format integer: its inputs and outputs.  [float]",
+)
 @click.option("--inline", is_flag=True, help="With --format integer: write functions out.")
 @click.option(
     "--target",

@@ -81,7 +81,8 @@ def search(
     """Compile as asked; where `limits` do not hold, with more and more layers raised.
 
     compile_with: compiles with these layers raised, and measures. bits: what weights have as asked. Nothing is raised without
-    `may_raise` or with fewer than `LEAST_SAMPLES` to choose by; nothing becomes float without `to_float`. At most three trials are held at a time.
+    `may_raise` or with fewer than `LEAST_SAMPLES` to choose by; nothing becomes float without `to_float`.
+    At most three trials are held at a time.
     """
     first = compile_with(())
     found = Found(first, limits.holds(first.accuracy))

@@ -14,6 +14,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "ranges": ("mse", "minmax", "percentile"),
     "effort": ("fast", "default", "best"),
     "inputs_as": ("float32", "uint8"),
+    "io": ("float", "integer"),
 }
 BLOCKS = (32, 64, 128)
 SPELLINGS = ("matmulnbits", "portable")
@@ -30,10 +31,15 @@ def check_settings(settings: Settings, max_drop: float | None, has_evaluation: b
             raise InputError(f"--{name.replace('_', '-')} {getattr(settings, name)}: choose one of {', '.join(offered)}")
     if settings.format != "qdq" and settings.target in ("arm", "tensorrt"):
         raise InputError(
-            f"--format {settings.format} --target {settings.target}: s8 operators are slow or missing in onnxruntime; use --format qdq"
+            f"--format {settings.format} --target {settings.target}: s8 operators are slow or missing in onnxruntime; "
+            "use --format qdq"
         )
     if settings.format == "integer" and settings.exclude:
-        raise InputError(f"--format integer --exclude {settings.exclude[0]}: no node may stay float; use --format qoperator or qdq")
+        raise InputError(
+            f"--format integer --exclude {settings.exclude[0]}: no node may stay float; use --format qoperator or qdq"
+        )
+    if settings.io == "integer" and settings.format != "integer":
+        raise InputError(f"--io integer --format {settings.format}: only integer files have integer ends; give --format integer")
     if settings.inline and settings.format != "integer":
         raise InputError(f"--inline --format {settings.format}: only integer files call functions; leave --inline out")
     if settings.weight_only is not None:

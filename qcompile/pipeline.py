@@ -26,6 +26,7 @@ from qcompile.fallback import LEAST_SAMPLES, Found, Raised, Trial, search
 from qcompile.graph import Graph
 from qcompile.graph_io import forget_inner_types, load_proto, write_functions_out, write_model
 from qcompile.integer_inputs import take_integers
+from qcompile.integer_outputs import give_integers
 from qcompile.limits import Limits
 from qcompile.load import Loaded, load_model
 from qcompile.made_up import make_up
@@ -76,6 +77,7 @@ def compile_model(
     opset: int | None = None,
     inputs_as: str = "float32",
     inline: bool = False,
+    io: str = "float",
     activations: str = "int8",
     block: int | None = None,
     symmetric: bool | None = None,
@@ -93,7 +95,8 @@ def compile_model(
     """Compile a float ONNX model to an integer one, write it and measure it against the original.
 
     data, eval_data: a SPEC (see `qcompile.data`) or a Dataset; without a limit `eval_data` never changes the written bytes.
-    inline: in format integer, functions are written out. activations: int8, or float for weight-only INT4, whose options are block, symmetric, spelling and accuracy_level.
+    inline, io: in format integer, functions are written out; io "integer": inputs and outputs are integers too.
+    activations: int8, or float for weight-only INT4, whose options are block, symmetric, spelling and accuracy_level.
     max_drop: the largest drop of top-1 accuracy, in percentage points, that `eval_data` (with labels) must not contradict;
     min_agreement: the least share of samples that keep their class. Where a limit does not hold on one half of `eval_data`,
     layers are raised to 8 bits, then to float, until it does; the verdict is on the other half (`qcompile.fallback`).
@@ -118,6 +121,7 @@ def compile_model(
         opset=opset,
         seed=seed,
         inline=inline,
+        io=io,
         weight_only=weight_only_of(activations, block, symmetric, spelling, accuracy_level),
     )
     check_settings(settings, max_drop, eval_data is not None, min_agreement)
@@ -205,8 +209,10 @@ class _Compiler:
         feeds = [s.feeds for s in islice(given.calibration, 1 if settings.effort == "fast" else _CHECK_FEEDS)]
         steps = passes_for(given.kind if settings.weight_only is None else "weight_only")
         rows = run_passes(graph, context, steps, feeds, dump)
-        if settings.inputs_as != "float32":
-            take_integers(graph)
+        if settings.inputs_as != "float32" or settings.io == "integer":
+            take_integers(graph, "--io integer" if settings.io == "integer" else "--inputs-as uint8")
+        if settings.io == "integer":
+            give_integers(graph)
         if settings.opset is not None:
             lower_opset(graph, settings.opset)
         if settings.inline:

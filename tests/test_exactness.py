@@ -1,4 +1,4 @@
-"""The acceptance of DESIGN section 3: the same bits from `qdq` (fused), `qoperator`, `integer` (optimised or not), the interpreter.
+"""The acceptance of DESIGN section 3: the same bits from `qdq` (fused), `qoperator`, `integer` and the interpreter.
 
 Small models run through the passes with ranges chosen such that many sums lie exactly half-way between two integers: random
 data have almost no ties. Real models run on 3 inputs, or on 50 where QCOMPILE_FULL=1.

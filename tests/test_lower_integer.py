@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -21,6 +22,7 @@ from qcompile.certificate import certify
 from qcompile.context import Context, Settings
 from qcompile.errors import InputError, ModelError
 from qcompile.graph import Graph
+from qcompile.integer_outputs import DequantisedOutputs, give_integers
 from qcompile.interpret import Interpreter
 from qcompile.passes.integer_head import IntegerHead
 from qcompile.passes.lower_integer import LowerInteger
@@ -180,7 +182,10 @@ REFUSALS: dict[str, tuple[Callable[[Net], str], str]] = {
     "dynamic_pool": (dynamic_pool, r"\(QLinearGlobalAveragePool\): the size of its input is not static"),
     "overflow": (overflow, r"\(QGemm\): its sum can leave int32"),
     "computed_weights": (computed_weights, r"\(QLinearConv\): its weights or bias are computed at run time"),
-    "float_between": (float_between, r"node 'gate' \(Sigmoid\): computes in float.* \(2 such tensors\); use --format qoperator or qdq"),
+    "float_between": (
+        float_between,
+        r"node 'gate' \(Sigmoid\): computes in float.* \(2 such tensors\); use --format",
+    ),
 }
 
 
@@ -326,6 +331,45 @@ def test_integer_inputs(tmp_path: Path) -> None:
     assert [e["kind"] for e in result.report["integer_only"]["ends"]] == ["dequantise output"]
 
 
+@pytest.mark.parametrize("inline", [False, True], ids=["functions", "inline"])
+def test_integer_ends(inline: bool, tmp_path: Path) -> None:
+    """uint8 in, int32 out; what they mean stands in the metadata, and gives the logits of the file with float ends."""
+    plain = Session(compiled(tmp_path / "f.onnx", format="integer").path)
+    result = compiled(tmp_path / "i.onnx", format="integer", io="integer", inline=inline)
+    model = onnx.load(result.path)
+    assert result.report["integer_only"]["ends"] == [] and "float" not in result.report["integer_only"]["element_types"]
+    assert result.report["accuracy"]["sqnr_db"] > 25
+    assert [o.type.tensor_type.elem_type for o in model.graph.output] == [TensorProto.INT32]
+    assert [i.type.tensor_type.elem_type for i in model.graph.input] == [TensorProto.UINT8]
+    stated = {p.key: json.loads(p.value) for p in model.metadata_props if p.key.startswith(("qcompile.in", "qcompile.out"))}
+    x, y = stated["qcompile.input.input"], stated["qcompile.output.logits"]
+    session = Session(result.path)
+    for feed in digits(4):
+        q = np.clip(np.rint(feed["input"] / np.float32(x["scale"])) + x["zero_point"], 0, 255).astype(np.uint8)
+        logits = session.run({"input": q})["logits"].astype(np.float32) * np.asarray(y["scale"], np.float32)
+        np.testing.assert_array_equal(logits, plain.run(feed)["logits"])
+
+
+def ends(text: str) -> Graph:
+    constants = {"s": np.float32(0.5), "z": np.uint8(3), "w": np.eye(4, dtype=np.int8)}
+    return Graph.from_proto(parse(f"g (uint8[2, 4] q) => (float[2, 4] y) {{ {text} }}", 21, **constants))
+
+
+def test_outputs_whose_integers_are_read_elsewhere_or_fed() -> None:
+    for text in ("y = DequantizeLinear(q, s, z)", "m = Max(q, z) y = DequantizeLinear(m, s, z) n = Neg(m)"):
+        graph = ends(text)
+        assert give_integers(graph) == ["y"]
+        feed = np.arange(8, dtype=np.uint8).reshape(2, 4)
+        got = DequantisedOutputs(Session(graph.to_proto()), graph.to_proto()).run({"q": feed})["y"]
+        integers = feed if "Max" not in text else np.maximum(feed, 3)
+        np.testing.assert_array_equal(got, (integers.astype(np.float32) - 3) * np.float32(0.5))
+
+
+def test_a_float_head_has_no_integers_to_give() -> None:
+    with pytest.raises(InputError, match=r"--io integer: output 'y' is made in float by node '.*' \(Softmax\)"):
+        give_integers(ends("f = DequantizeLinear(q, s, z) y = Softmax(f)"))
+
+
 def test_transformers_are_refused_for_now(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"node '.*' \(\w+\): computes in float, and --format integer leaves no float"):
         compiled(tmp_path / "i.onnx", format="integer", model=MODELS / "digits_vit.onnx")
@@ -337,22 +381,16 @@ def test_transformers_are_refused_for_now(tmp_path: Path) -> None:
     [
         ({"format": "integer", "exclude": ["/pool*"]}, "--exclude /pool.: no node may stay float"),
         ({"format": "integer", "target": "arm"}, "--format integer --target arm"),
+        ({"format": "qdq", "io": "integer"}, "--io integer --format qdq: only integer files have integer ends"),
+        ({"format": "integer", "io": "int8"}, "--io int8: choose one of float, integer"),
         ({"format": "qdq", "inline": True}, "--inline --format qdq: only integer files call functions"),
         ({"format": "integer", "bits": 4, "activations": "float"}, "--activations float --format integer"),
     ],
-    ids=["exclude", "arm", "inline", "weight_only"],
+    ids=["exclude", "arm", "io_qdq", "io_int8", "inline", "weight_only"],
 )
 def test_options_that_do_not_go_together(options: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=message):
         compiled(tmp_path / "i.onnx", **options)
-
-
-def test_no_layer_becomes_float_to_hold_a_limit(tmp_path: Path) -> None:
-    """A limit that 8 bits do not hold stays broken; with qdq the same limit makes layers float."""
-    result = compiled(
-        tmp_path / "i.onnx", format="integer", eval_data=str(MODELS / "digits.npz"), min_agreement=0.2, bits=4, ranges="minmax"
-    )
-    assert result.report["integer_only"]["holds"]
 
 
 @pytest.mark.zoo
