@@ -15,7 +15,9 @@ from qcompile.passes.fold_width import FoldWidth
 from qcompile.passes.fuse_gelu import FuseGelu
 from qcompile.passes.fuse_linear import FuseLinear
 from qcompile.passes.integer_bias import IntegerBias
+from qcompile.passes.integer_head import IntegerHead
 from qcompile.passes.linear_form import LinearForm
+from qcompile.passes.lower_integer import LowerInteger
 from qcompile.passes.lower_qoperator import LowerQOperator
 from qcompile.passes.pack_int4 import PackInt4
 from qcompile.passes.pad_channels import PadChannels
@@ -74,6 +76,8 @@ PASSES: tuple[Pass, ...] = (
     Diagnose(),
     SumResiduals(),
     LowerQOperator(),
+    IntegerHead(),
+    LowerInteger(),
     PackInt4(),
 )
 

@@ -37,7 +37,7 @@ _EIGHT_BIT = (TensorProto.UINT8, TensorProto.INT8)
 
 @dataclass(frozen=True)
 class LowerQOperator:
-    """Only for `format == "qoperator"`; the last pass but for cleaning up. Same bits at onnxruntime's level ALL."""
+    """For the formats qoperator and integer (which `lower_integer` makes of it). Same bits at onnxruntime's level ALL."""
 
     name: str = "lower_qoperator"
     keeps: Promise = field(default_factory=lambda: Exact(fused=True))
@@ -45,7 +45,7 @@ class LowerQOperator:
     def run(self, graph: Graph, context: Context) -> Report:
         """Rewrites: one an operator that became its quantised form."""
         report = Report()
-        if context.settings.format != "qoperator":
+        if context.settings.format not in ("qoperator", "integer"):
             return report
         for node in list(graph.nodes):
             if node.domain not in ("", "ai.onnx") or not _between(graph, node):

@@ -16,6 +16,7 @@ from qcompile.accuracy import Accuracy, FeedsMap, compare
 from qcompile.audit import Audit, audit
 from qcompile.data import Dataset, Sample, load_dataset
 from qcompile.errors import DataError, LimitError
+from qcompile.integer_outputs import DequantisedOutputs
 from qcompile.latency import Latency, measure_latency
 from qcompile.model_file import read_model
 from qcompile.quantised_inputs import feeds_map
@@ -92,7 +93,7 @@ def measure(
         stream = _Stream(dataset, progress)
         accuracy = compare(
             Session(float_path, label=str(float_path)),
-            Session(quantised_path, label=str(quantised_path)),
+            DequantisedOutputs(Session(quantised_path, label=str(quantised_path)), read_model(quantised_path)),
             stream,
             quantised_feeds=convert,
         )

@@ -19,6 +19,7 @@ from qcompile.printing import (
     TerminalProgress,
     console,
     print_bench,
+    print_certificate,
     print_passes,
     print_report,
     print_rescales,
@@ -77,8 +78,19 @@ def cli() -> None:
 @click.option("-o", "--output", type=_FILE, metavar="OUT", help="Where to write.  [MODEL with .int8.onnx]")
 @click.option("--bits", type=LaterChoice(["8", "4"], ["mixed"]), default="8", help="Width of weights.  [8]")
 @click.option(
-    "--format", "format_", type=LaterChoice(["qdq", "qoperator"], ["integer"]), default="qdq", help="Operators written.  [qdq]"
+    "--format",
+    "format_",
+    type=click.Choice(["qdq", "qoperator", "integer"]),
+    default="qdq",
+    help="Operators written; integer: no float between the ends.  [qdq]",
 )
+@click.option(
+    "--io",
+    type=click.Choice(["float", "integer"]),
+    default="float",
+    help="With --format integer: its inputs and outputs.  [float]",
+)
+@click.option("--inline", is_flag=True, help="With --format integer: write functions out.")
 @click.option(
     "--target",
     type=click.Choice(["any", "vnni", "arm", "tensorrt"]),
@@ -218,19 +230,30 @@ def check(
 @click.option("--dyadic", is_flag=True, help="List b and c of every rescale, b/2^c, derived again from the file.")
 @click.option("--nodes", is_flag=True, help="List the nodes' names, as --exclude takes them.")
 @click.option("--require-exact", is_flag=True, help="With --dyadic: exit status 3 unless all are exact.")
+@click.option("--require-integer-only", is_flag=True, help="Exit status 3 where a float tensor lies between the ends.")
 @_TRACEBACK
-def inspect(model: Path, dyadic: bool, nodes: bool, require_exact: bool) -> int:
+def inspect(model: Path, dyadic: bool, nodes: bool, require_exact: bool, require_integer_only: bool) -> int:
     """Show what MODEL holds."""
     if require_exact and not dyadic:
         raise click.UsageError("--require-exact goes with --dyadic")
+    from qcompile.certificate import certify
     from qcompile.inspection import rescales, summary
     from qcompile.model_file import list_nodes
 
     if nodes:
         print_rows(("name", "operator", "first output"), list_nodes(model), console())
+    certificate = certify(model) if require_integer_only or not (dyadic or nodes) else None
+    if not dyadic and not nodes:
+        print_summary(summary(model), console())
+    if certificate is not None:
+        print_certificate(certificate, console(), every=require_integer_only)
+    if certificate is not None and require_integer_only and not certificate.integer_only:
+        first = certificate.floats[0]
+        raise LimitError(
+            f"{model}: not integer-only: {len(certificate.floats)} float tensors between the ends, first '{first.tensor}' "
+            f"of node '{first.node}' ({first.op})"
+        )
     if not dyadic:
-        if not nodes:
-            print_summary(summary(model), console())
         return 0
     found = rescales(model)
     print_rescales(found, console())

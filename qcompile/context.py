@@ -40,10 +40,11 @@ class WeightOnly:
 class Settings:
     """Options of one compilation; every field changes the output and stands in the report.
 
-    format: qdq | qoperator; target: any | vnni | arm | tensorrt; ranges: mse | minmax | percentile; effort: fast | default |
-    best.
+    format: qdq | qoperator | integer; target: any | vnni | arm | tensorrt; ranges: mse | minmax | percentile;
+    effort: fast | default | best.
     exclude: node names or shell patterns that stay float. raised: (node, bits) of layers that a limit on the result needs to have
     more bits than the others, `FLOAT_BITS` for float. weight_only: set where activations stay float.
+    inline: functions of the integer format are written out. io: float | integer, the type of its inputs and outputs.
     """
 
     bits: int = 8
@@ -58,6 +59,8 @@ class Settings:
     seed: int = 0
     weight_only: WeightOnly | None = None
     raised: tuple[tuple[str, int], ...] = ()
+    inline: bool = False
+    io: str = "float"
 
     @property
     def weight_top(self) -> int:

@@ -75,11 +75,14 @@ class Found(Generic[T]):
         }
 
 
-def search(compile_with: Callable[[Raised], Trial[T]], limits: Limits, bits: int, *, may_raise: bool = True) -> Found[T]:
+def search(
+    compile_with: Callable[[Raised], Trial[T]], limits: Limits, bits: int, *, may_raise: bool = True, to_float: bool = True
+) -> Found[T]:
     """Compile as asked; where `limits` do not hold, with more and more layers raised.
 
     compile_with: compiles with these layers raised, and measures. bits: what weights have as asked. Nothing is raised without
-    `may_raise` or with fewer than `LEAST_SAMPLES` to choose by. At most three trials are held at a time.
+    `may_raise` or with fewer than `LEAST_SAMPLES` to choose by; nothing becomes float without `to_float`.
+    At most three trials are held at a time.
     """
     first = compile_with(())
     found = Found(first, limits.holds(first.accuracy))
@@ -87,7 +90,7 @@ def search(compile_with: Callable[[Raised], Trial[T]], limits: Limits, bits: int
     if not may_raise or first.accuracy.samples < LEAST_SAMPLES:
         found.enough = False
         return found
-    for to_bits in [b for b in (8, FLOAT_BITS) if b > bits]:
+    for to_bits in [b for b in ((8, FLOAT_BITS) if to_float else (8,)) if b > bits]:
         if not found.held:
             _stage(compile_with, limits, to_bits, found)
     return found

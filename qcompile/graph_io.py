@@ -137,6 +137,21 @@ def inline_functions(model: ModelProto) -> ModelProto:
         raise ModelError(f"its local functions cannot be inlined ({error}); export the model without functions") from error
 
 
+def write_functions_out(graph: Graph) -> None:
+    """Replace every call of a function that the model holds by the function's nodes, in place."""
+    if not graph.shell.functions:
+        return
+    local = {f.domain for f in graph.shell.functions}
+    plain = copy_graph(graph)
+    imports = [o for o in plain.shell.opset_import if o.domain not in local]
+    del plain.shell.opset_import[:]
+    plain.shell.opset_import.extend(imports)
+    graph.shell, graph.nodes, graph.inputs, graph.outputs = plain.shell, plain.nodes, plain.inputs, plain.outputs
+    graph.constants = plain.constants
+    graph.reserve(t.name for t in plain.values())
+    graph.reserve(n.name for n in plain.nodes)
+
+
 def copy_graph(graph: Graph) -> Graph:
     """An independent graph whose constants share their protos with `graph`."""
     return read_model(write_model(graph, constants=False), Path(), share=True, constants=graph.constants)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -45,7 +46,7 @@ class Scales:
     """A model with its functions inlined, indexed for reading. Raises ModelError where it cannot be read."""
 
     def __init__(self, model: onnx.ModelProto | str | Path) -> None:
-        self.model = _load(model)
+        self.model = read_inlined(model)
         self.wiring = Wiring.of(self.model)
         self._shapes: dict[str, list[int | None]] | None = None
 
@@ -134,7 +135,11 @@ def real(node: Node, name: str, default: float) -> float:
     return default if attribute is None else float(attribute.f)
 
 
-def _load(model: onnx.ModelProto | str | Path) -> onnx.ModelProto:
+def read_inlined(model: onnx.ModelProto | str | Path, calls: Counter[str] | None = None) -> onnx.ModelProto:
+    """The model, weights left on disk where they lie outside, its functions written out; counts their calls into `calls`.
+
+    Raises ModelError where it cannot be read.
+    """
     if not isinstance(model, onnx.ModelProto):
         path = Path(model)
         try:
@@ -145,6 +150,9 @@ def _load(model: onnx.ModelProto | str | Path) -> onnx.ModelProto:
                     tensor.data_location = TensorProto.DEFAULT
         except (OSError, DecodeError, onnx.checker.ValidationError) as error:
             raise ModelError(f"{path}: cannot be read as an ONNX model: {' '.join(str(error).split())}") from error
+    if calls is not None:
+        local = {(f.domain, f.name) for f in model.functions}
+        calls.update(n.op_type for n in model.graph.node if (n.domain, n.op_type) in local)
     return onnx.inliner.inline_local_functions(model) if model.functions else model
 
 

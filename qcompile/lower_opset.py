@@ -36,7 +36,10 @@ def lower_opset(graph: Graph, version: int) -> None:
             node.inputs.extend(plan[0])
             node.attrs.clear()
             node.attrs.update(plan[1])
-    for entry in graph.shell.opset_import:
+    for function in graph.shell.functions:  # the compiler's own: their operators mean the same from opset 13 on
+        for inner in function.node:
+            _schema(inner.op_type, version, function.name)
+    for entry in [*graph.shell.opset_import, *(o for f in graph.shell.functions for o in f.opset_import)]:
         if entry.domain in ("", "ai.onnx"):
             entry.version = version
     graph.cleanup()

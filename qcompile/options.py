@@ -9,11 +9,12 @@ from qcompile.context import Settings, WeightOnly
 from qcompile.errors import InputError
 
 CHOICES: dict[str, tuple[str, ...]] = {
-    "format": ("qdq", "qoperator"),
+    "format": ("qdq", "qoperator", "integer"),
     "target": ("any", "vnni", "arm", "tensorrt"),
     "ranges": ("mse", "minmax", "percentile"),
     "effort": ("fast", "default", "best"),
     "inputs_as": ("float32", "uint8"),
+    "io": ("float", "integer"),
 }
 BLOCKS = (32, 64, 128)
 SPELLINGS = ("matmulnbits", "portable")
@@ -28,10 +29,19 @@ def check_settings(settings: Settings, max_drop: float | None, has_evaluation: b
     for name, offered in CHOICES.items():
         if getattr(settings, name) not in offered:
             raise InputError(f"--{name.replace('_', '-')} {getattr(settings, name)}: choose one of {', '.join(offered)}")
-    if settings.format == "qoperator" and settings.target in ("arm", "tensorrt"):
+    if settings.format != "qdq" and settings.target in ("arm", "tensorrt"):
         raise InputError(
-            f"--format qoperator --target {settings.target}: s8 operators are slow or missing in onnxruntime; use --format qdq"
+            f"--format {settings.format} --target {settings.target}: s8 operators are slow or missing in onnxruntime; "
+            "use --format qdq"
         )
+    if settings.format == "integer" and settings.exclude:
+        raise InputError(
+            f"--format integer --exclude {settings.exclude[0]}: no node may stay float; use --format qoperator or qdq"
+        )
+    if settings.io == "integer" and settings.format != "integer":
+        raise InputError(f"--io integer --format {settings.format}: only integer files have integer ends; give --format integer")
+    if settings.inline and settings.format != "integer":
+        raise InputError(f"--inline --format {settings.format}: only integer files call functions; leave --inline out")
     if settings.weight_only is not None:
         _check_weight_only(settings, settings.weight_only)
     if max_drop is not None and not has_evaluation:

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 import qcompile
 from qcompile.accuracy import Accuracy
 from qcompile.audit import Audit, audit
+from qcompile.certificate import certify
 from qcompile.check import Measured, Progress, fusion_json, measure, nodes_json
 from qcompile.compact import compact
 from qcompile.compare_targets import FREE, both_targets
@@ -23,8 +24,9 @@ from qcompile.data import Dataset, load_dataset
 from qcompile.errors import DataError, InputError, LimitError, QcompileError
 from qcompile.fallback import LEAST_SAMPLES, Found, Raised, Trial, search
 from qcompile.graph import Graph
-from qcompile.graph_io import forget_inner_types, load_proto, write_model
+from qcompile.graph_io import forget_inner_types, load_proto, write_functions_out, write_model
 from qcompile.integer_inputs import take_integers
+from qcompile.integer_outputs import give_integers
 from qcompile.limits import Limits
 from qcompile.load import Loaded, load_model
 from qcompile.made_up import make_up
@@ -74,6 +76,8 @@ def compile_model(
     exclude: Sequence[str] = (),
     opset: int | None = None,
     inputs_as: str = "float32",
+    inline: bool = False,
+    io: str = "float",
     activations: str = "int8",
     block: int | None = None,
     symmetric: bool | None = None,
@@ -91,6 +95,7 @@ def compile_model(
     """Compile a float ONNX model to an integer one, write it and measure it against the original.
 
     data, eval_data: a SPEC (see `qcompile.data`) or a Dataset; without a limit `eval_data` never changes the written bytes.
+    inline, io: in format integer, functions are written out; io "integer": inputs and outputs are integers too.
     activations: int8, or float for weight-only INT4, whose options are block, symmetric, spelling and accuracy_level.
     max_drop: the largest drop of top-1 accuracy, in percentage points, that `eval_data` (with labels) must not contradict;
     min_agreement: the least share of samples that keep their class. Where a limit does not hold on one half of `eval_data`,
@@ -115,6 +120,8 @@ def compile_model(
         inputs_as=inputs_as,
         opset=opset,
         seed=seed,
+        inline=inline,
+        io=io,
         weight_only=weight_only_of(activations, block, symmetric, spelling, accuracy_level),
     )
     check_settings(settings, max_drop, eval_data is not None, min_agreement)
@@ -133,7 +140,8 @@ def compile_model(
         if limits.given and given.evaluation is not None:
             chosen_by, judged_on = given.evaluation.halves()
             may_raise = sum(1 for _ in islice(given.evaluation, 2)) == 2  # else there is nothing left to judge on
-            found = search(compiler.trials(built, chosen_by), limits, bits, may_raise=may_raise)
+            to_float = format != "integer"
+            found = search(compiler.trials(built, chosen_by), limits, bits, may_raise=may_raise, to_float=to_float)
             built = found.best.built
             built.loaded.graph.save(path)
             given = replace(given, evaluation=judged_on if found.moves else given.evaluation)
@@ -201,10 +209,14 @@ class _Compiler:
         feeds = [s.feeds for s in islice(given.calibration, 1 if settings.effort == "fast" else _CHECK_FEEDS)]
         steps = passes_for(given.kind if settings.weight_only is None else "weight_only")
         rows = run_passes(graph, context, steps, feeds, dump)
-        if settings.inputs_as != "float32":
-            take_integers(graph)
+        if settings.inputs_as != "float32" or settings.io == "integer":
+            take_integers(graph, "--io integer" if settings.io == "integer" else "--inputs-as uint8")
+        if settings.io == "integer":
+            give_integers(graph)
         if settings.opset is not None:
             lower_opset(graph, settings.opset)
+        if settings.inline:
+            write_functions_out(graph)
         forget_inner_types(graph)
         compact(graph)
         shorten_names(graph, known)
@@ -324,6 +336,7 @@ def _report(source: Path, path: Path, built: _Built, audited: Audit, measured: M
         "size_bytes": measured.size_json(),
         "nodes": nodes_json(audited),
         "fusion": fusion_json(audited),
+        **({"integer_only": certify(path).as_json()} if settings.format == "integer" else {}),
         "data": {"calibration": given.kind, "samples": built.context.calibrated},
         "notes": loaded.notes,
         "warnings": warnings,

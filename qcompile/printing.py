@@ -17,6 +17,7 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 
 if TYPE_CHECKING:  # they load onnxruntime, which `--help` need not wait for
+    from qcompile.certificate import Certificate
     from qcompile.dyadic import Int64
     from qcompile.inspection import Rescale, Summary
     from qcompile.rewrite import Pass, Promise
@@ -132,6 +133,22 @@ def print_summary(found: Summary, out: Console) -> None:
     print_rows(("operator", "integer", "float"), ops, out)
     print_rows(("stored as", "size"), [(kind, _bytes(count)) for kind, count in found.weight_bytes.items()], out)
     out.print(f"QuantizeLinear nodes on activations: {found.activation_quantisers}")
+
+
+def print_certificate(found: Certificate, out: Console, *, every: bool = False) -> None:
+    """Whether a file is integer-only, its ends, and the float tensors between them: the first few, or with `every` all."""
+    kinds = [(kind, count) for kind, count in found.element_types.items()]
+    print_rows(("computes in", "tensors"), kinds, out)
+    if found.functions:
+        print_rows(("function", "calls"), list(found.functions.items()), out)
+    out.print(f"integer-only: {'yes' if found.integer_only else 'no'}")
+    if found.integer_only:
+        print_rows(("end", "node", "operator"), [(e.kind, e.node, e.op) for e in found.ends], out)
+        return
+    shown = found.floats if every else found.floats[:_MOST_LINES]
+    print_rows(("float tensor", "node", "operator", "why"), [(f.tensor, f.node, f.op, f.reason) for f in shown], out)
+    if len(shown) < len(found.floats):
+        out.print(f"... and {len(found.floats) - len(shown)} more; --require-integer-only names them all")
 
 
 def print_rows(columns: Sequence[str], rows: Iterable[Sequence[object]], out: Console, *, title: str | None = None) -> None:

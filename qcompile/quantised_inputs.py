@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,7 +68,7 @@ def feeds_map(float_inputs: Sequence[InputInfo], model: ModelProto, path: Path) 
 
 
 def input_quantisation(model: ModelProto, name: str, path: Path) -> QuantisedInput:
-    """Scale and zero point of graph input `name`, from the first node that states them.
+    """Scale and zero point of graph input `name`, from the first node that states them, else from the metadata.
 
     `x, x_scale, x_zero_point` stand side by side in DequantizeLinear, QGemm and all QLinear operators. Raises ModelError
     where no such node reads the input, or its parameters are not constant scalars.
@@ -87,6 +88,10 @@ def input_quantisation(model: ModelProto, name: str, path: Path) -> QuantisedInp
                 new = [output for output in node.output if output and output not in seen]
                 seen.update(new)
                 waiting += new
+    stated = next((p.value for p in model.metadata_props if p.key == f"qcompile.input.{name}"), None)
+    if stated is not None:  # integer files hold no scales beside their ends
+        real = json.loads(stated)
+        return QuantisedInput(np.float32(real["scale"]), int(real["zero_point"]))
     raise ModelError(f"{path}: no node says which scale the integer input '{name}' has; give a model with a float input")
 
 

@@ -64,6 +64,13 @@ _TYPE_OF_TEXT = {
     "tensor(uint8)": TensorProto.UINT8,
     "tensor(int8)": TensorProto.INT8,
 }
+#: Attributes in which a Constant may hold numbers without a tensor.
+_CONSTANT_TYPES = {
+    "value_int": int(TensorProto.INT64),
+    "value_ints": int(TensorProto.INT64),
+    "value_float": int(TensorProto.FLOAT),
+    "value_floats": int(TensorProto.FLOAT),
+}
 _BITS: dict[int, int] = {
     **dict.fromkeys((TensorProto.INT2, TensorProto.UINT2), 2),
     **dict.fromkeys((TensorProto.INT4, TensorProto.UINT4, TensorProto.FLOAT4E2M1), 4),
@@ -221,6 +228,10 @@ class Wiring:
         if node.op == "Constant" and value is not None and value.HasField("t"):
             self._store(node.outputs[0], value.t.data_type, math.prod(value.t.dims))
             self.stored[node.outputs[0]] = value.t
+            return
+        number = next((node.attribute(a) for a in _CONSTANT_TYPES if node.attribute(a) is not None), None)
+        if node.op == "Constant" and number is not None:
+            self._store(node.outputs[0], _CONSTANT_TYPES[number.name], max(len(number.ints), len(number.floats), 1))
             return
         subgraphs = [g for a in node.proto.attribute for g in ([a.g] if a.HasField("g") else a.graphs)]
         for subgraph in subgraphs:

@@ -112,6 +112,8 @@ def test_defaults_reach_the_pipeline(command: Command, pipeline: FakePipeline) -
         "exclude": (),
         "opset": None,
         "inputs_as": "float32",
+        "inline": False,
+        "io": "float",
         "activations": "int8",
         "block": None,
         "symmetric": None,
@@ -141,7 +143,7 @@ def test_symmetry_reaches_the_pipeline(flag: str, value: bool, command: Command,
 def test_every_option_reaches_the_pipeline(command: Command, pipeline: FakePipeline, tmp_path: Path) -> None:
     args = "-o out.onnx --bits 8 --format qoperator --target vnni --data d.npz --samples 7 --preprocess imagenet --eval e.npz "
     args += "--max-drop 0.5 --min-agreement .9 "
-    args += "--effort fast --ranges percentile --exclude head --exclude /b/* --opset 17 --inputs-as uint8 "
+    args += "--effort fast --ranges percentile --exclude head --exclude /b/* --opset 17 --inputs-as uint8 --inline --io integer "
     args += "--activations float --block 64 --symmetric --spelling portable --accuracy-level 1 "
     args += "--no-bias-correction --dump-passes dump --seed 3 --no-latency --quiet"
     report = tmp_path / "r.json"
@@ -164,6 +166,8 @@ def test_every_option_reaches_the_pipeline(command: Command, pipeline: FakePipel
         "exclude": ("head", "/b/*"),
         "opset": 17,
         "inputs_as": "uint8",
+        "inline": True,
+        "io": "integer",
         "activations": "float",
         "block": 64,
         "symmetric": True,
@@ -225,7 +229,7 @@ def test_a_subcommands_name_wins_over_a_file(command: Command, pipeline: FakePip
         pytest.param([], "no model is given", id="nothing"),
         pytest.param(["m.onnx", "--bits", "mixed"], "mixed is not implemented in this version", id="mixed bits"),
         pytest.param(["m.onnx", "--bits", "7"], "'--bits'", id="7 bits"),
-        pytest.param(["m.onnx", "--format", "integer"], "integer is not implemented", id="integer format"),
+        pytest.param(["m.onnx", "--bits", "mixed"], "mixed is not implemented", id="mixed bits"),
         pytest.param(["m.onnx", "--target", "z80"], "'--target'", id="target"),
         pytest.param(["m.onnx", "--activations", "int4"], "'--activations'", id="activations"),
         pytest.param(["m.onnx", "--block", "16"], "'--block'", id="block"),

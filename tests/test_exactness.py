@@ -1,4 +1,4 @@
-"""The acceptance of DESIGN section 3: `qdq` (fused), `qoperator` (optimised or not) and the interpreter give the same bits.
+"""The acceptance of DESIGN section 3: the same bits from `qdq` (fused), `qoperator`, `integer` and the interpreter.
 
 Small models run through the passes with ranges chosen such that many sums lie exactly half-way between two integers: random
 data have almost no ties. Real models run on 3 inputs, or on 50 where QCOMPILE_FULL=1.
@@ -22,11 +22,13 @@ import pytest
 from onnx import ModelProto, numpy_helper
 from passes_helpers import parse
 
+from qcompile.certificate import certify
 from qcompile.context import Context, Settings
 from qcompile.graph import Array, Graph, Value
 from qcompile.interpret import Interpreter
 from qcompile.load import load_model
 from qcompile.passes import passes_for
+from qcompile.passes.lower_integer import LowerInteger
 from qcompile.passes.lower_qoperator import LowerQOperator
 from qcompile.pipeline import compile_model
 from qcompile.ranges import Observer
@@ -49,17 +51,37 @@ def both_formats(graph: Graph, context: Context) -> tuple[ModelProto, ModelProto
     return qdq, graph.to_proto()
 
 
+def integer_form(qoperator: ModelProto) -> ModelProto:
+    """The integer format of a finished quantised-operator model."""
+    graph = Graph.from_proto(qoperator)
+    report = LowerInteger().run(graph, Context(Settings(format="integer")))
+    assert report.rewrites > 0
+    assert certify(graph.to_proto()).integer_only
+    return graph.to_proto()
+
+
 def assert_exact(
-    qdq: ModelProto, qoperator: ModelProto, feeds: Iterable[Feeds], outputs: Sequence[str] | None = None
+    qdq: ModelProto,
+    qoperator: ModelProto,
+    feeds: Iterable[Feeds],
+    outputs: Sequence[str] | None = None,
+    integer: ModelProto | None = None,
 ) -> list[dict[str, Array]]:
-    """All outputs (or the tensors `outputs`) equal, in five ways of running; returns those of the fused Q/DQ model."""
+    """All outputs (or the tensors `outputs`) equal, in eight ways of running; returns those of the fused Q/DQ model."""
     if outputs is not None:
         qdq, qoperator = ending_in(qdq, outputs), ending_in(qoperator, outputs)
     fused = Session(qdq, threads=1)
-    interpreters = {"interpreter of qdq": Interpreter(qdq), "interpreter of qoperator": Interpreter(qoperator)}
+    integer = integer_form(qoperator) if integer is None else integer
+    interpreters = {
+        "interpreter of qdq": Interpreter(qdq),
+        "interpreter of qoperator": Interpreter(qoperator),
+        "interpreter of integer": Interpreter(integer),
+    }
     others: dict[str, Session | Interpreter] = {
         "qoperator": Session(qoperator, threads=1),
         "qoperator, optimisation off": Session(qoperator, optimisation=Optimisation.OFF, threads=1),
+        "integer": Session(integer, threads=1),
+        "integer, optimisation off": Session(integer, optimisation=Optimisation.OFF, threads=1),
         **interpreters,
     }
     results = []
@@ -410,10 +432,10 @@ def test_digits_vit_with_float_nodes_between() -> None:
             np.testing.assert_array_equal(lowered.run(feed)[name], value)
 
 
-def test_written_files_of_both_formats(tmp_path: Path) -> None:
+def test_written_files_of_all_formats(tmp_path: Path) -> None:
     _, inputs = digits()
     files = {}
-    for layout in ("qdq", "qoperator"):
+    for layout in ("qdq", "qoperator", "integer"):
         compiled = compile_model(
             MODELS / "digits_cnn.onnx",
             tmp_path / f"{layout}.onnx",
@@ -425,7 +447,8 @@ def test_written_files_of_both_formats(tmp_path: Path) -> None:
         files[layout] = onnx.load(compiled.path)
     assert not any(n.op_type == "QLinearConv" for n in files["qdq"].graph.node)
     assert any(n.op_type == "QLinearConv" for n in files["qoperator"].graph.node)
-    assert_exact(files["qdq"], files["qoperator"], inputs)
+    assert any(n.op_type == "ConvInteger" for n in files["integer"].graph.node)
+    assert_exact(files["qdq"], files["qoperator"], inputs, integer=files["integer"])
 
 
 def zoo_tasks() -> ModuleType:

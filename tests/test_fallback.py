@@ -165,6 +165,13 @@ def test_too_few_samples_raise_nothing(why: str) -> None:
     assert found.as_json(9)["samples"] == {"search": 0, "verdict": 9}
 
 
+def test_no_layer_becomes_float_in_a_file_without_floats() -> None:
+    model = Model({"a": 40, "b": 20})
+    found = search(model.compile_with, Limits(min_agreement=1.0), 4, to_float=False)
+    assert not found.held and {move.to_bits for move in found.moves} == {8}
+    assert all(bits == 8 for call in model.calls for _, bits in call)
+
+
 def test_a_model_without_integer_layers_has_nothing_to_raise() -> None:
     found = search(lambda raised: Trial(raised, accuracy(0.5), None, 0), Limits(min_agreement=0.9), 8)
     assert (found.held, found.moves, len(found.tried)) == (False, [], 1)
