@@ -10,7 +10,9 @@ from qcompile.reconstruction import Rows, _Solver, fit_bias, reconstruct
 from qcompile.runtime import Array
 
 
-def problem(seed: int, count: int = 400, width: int = 5, channels: int = 3, noise: float = 0.8, rank: int = 5) -> tuple[Rows, Array, Array]:
+def problem(
+    seed: int, count: int = 400, width: int = 5, channels: int = 3, noise: float = 0.8, rank: int = 5
+) -> tuple[Rows, Array, Array]:
     """Rows behind a Relu that cuts at about half, their weights and bias; noise that is a function of the input."""
     draw = np.random.default_rng(seed)
     mixing = np.random.default_rng(7).normal(size=(rank, width))
