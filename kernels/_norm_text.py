@@ -20,8 +20,8 @@ CENTRE = """
     high_u = Sub (high, centre)
     low_u = Sub (low, centre)
 """
-# ceil((high + low)/2), or one more: so high - centre <= 2^31 - 1 and low - centre >= -2^31, nothing wraps. reach = max(above, -1 - below)
-# >= |off| - 1 and < k 2^(W-1), so |off| <= k 2^(W-1) and |u| <= 2^(W-1). k >= 1.
+# ceil((high + low)/2), or one more: so high - centre <= 2^31 - 1 and low - centre >= -2^31, nothing wraps. reach = max(above,
+# -1 - below) >= |off| - 1 and < k 2^(W-1), so |off| <= k 2^(W-1) and |u| <= 2^(W-1). k >= 1.
 WIDE_CENTRE = """
     high_long = Cast <to = 7> (high)
     low_long = Cast <to = 7> (low)
@@ -56,9 +56,10 @@ WIDE_SIZE = """
     high_u = Div (high, k)
     low_u = Div (low, k)
 """
-# |total| <= d 2^(W-1). top - total and total - bottom are at most d (high_u - low_u) <= d 2^W <= A, and their sum is d (high_u - low_u): so
-# largest >= d (high_u - low_u)/2, and |u| <= (high_u - low_u)/2 + 1 gives |u d f|, |total f| <= (largest + d) f <= 2 A < 2^30.
-# d f <= A. start <= 2^29 + R + unit/2 + 2^30. shifted = deviation f + R unit + unit/2 lies in [0, 2^30 + R + unit], as R unit > A.
+# |total| <= d 2^(W-1). top - total and total - bottom are at most d (high_u - low_u) <= d 2^W <= A, and their sum is d (high_u
+# - low_u): so largest >= d (high_u - low_u)/2, and |u| <= (high_u - low_u)/2 + 1 gives |u d f|, |total f| <= (largest + d) f <=
+# 2 A < 2^30. d f <= A. start <= 2^29 + R + unit/2 + 2^30. shifted = deviation f + R unit + unit/2 lies in [0, 2^30 + R + unit],
+# as R unit > A.
 DEVIATION = """
     count_shape = Shape <start = 0, end = 1> (ones)
     d = Cast <to = 6> (count_shape)

@@ -1,7 +1,8 @@
 """i-LayerNorm and RMSNorm of integer rows, for any row: each is brought to one size before its squares are summed.
 
-Source: Ba, Kiros, Hinton, "Layer Normalization", 2016, equations 3-4; Zhang, Sennrich, "Root Mean Square Layer Normalization", 2019,
-equation 4; I-BERT (2021), section 3.6, for the integer square root. Its static scales wrap for rows that calibration has not seen.
+Source: Ba, Kiros, Hinton, "Layer Normalization", 2016, equations 3-4; Zhang, Sennrich, "Root Mean Square Layer Normalization",
+2019, equation 4; I-BERT (2021), section 3.6, for the integer square root. Its static scales wrap for rows that calibration has
+not seen.
 
     y = gamma (x - mean) / sqrt(var + epsilon) + beta             RMSNorm: without the mean (and, as a rule, without beta)
 
@@ -15,17 +16,19 @@ Normalisation does not see the size of a row. With d values a row, all in intege
     y = floor( (e G + F (s div 32) ) / s ) + B,                   G = round(gamma kappa / Sy), B + F/32 = beta / Sy + 1/2
 
 One division gives y in steps of its own scale, rounded once: the fraction of beta (in 1/32) and the half are inside it. Negative
-quotients are kept out by adding a multiple of s. Negative gamma is a negative G. **Wide**: where rows may be wider than 2^W with d 2^W < A,
-u is first divided by the least k that brings it to W bits (16 and more, for d <= 8192): nothing is known of the row beforehand.
+quotients are kept out by adding a multiple of s. Negative gamma is a negative G. **Wide**: where rows may be wider than 2^W
+with d 2^W < A, u is first divided by the least k that brings it to W bits (16 and more, for d <= 8192): nothing is known of the
+row beforehand.
 
-A constant row is e = 0, so y = beta; s >= 1 always. 64 bits are used for numbers a row (v and its root) alone, and no 64-bit Min, Max or Clip.
+A constant row is e = 0, so y = beta; s >= 1 always. 64 bits are used for numbers a row (v and its root) alone, and no 64-bit
+Min, Max or Clip.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from math import ceil, floor, isfinite, isqrt, log2, sqrt
+from math import floor, isfinite, isqrt, log2, sqrt
 from typing import ClassVar
 
 import numpy as np
@@ -52,7 +55,8 @@ _TYPES = ("int8", "uint8", "int16", "uint16", "int32")
 class _Norm(Kernel):
     """What both share: int32 rows [..., d] as rows of `dtype` with `y_scale` and `y_zero_point`.
 
-    scale: of the input, whose zero point is subtracted before (i-LayerNorm does not see it). gamma, beta: real, one a channel; no beta is 0.
+    scale: of the input, whose zero point is subtracted before (i-LayerNorm does not see it). gamma, beta: real, one a channel;
+    no beta is 0.
     input_bits: what is known of the input, |x| <= 2^(input_bits - 1); 32 holds for any.
     """
 
@@ -67,7 +71,8 @@ class _Norm(Kernel):
 
     stem: ClassVar[str]
     domain: ClassVar[str] = (
-        "int32, any row; 1 <= d <= 2^14; |gamma| <= 2^15 output scales, |beta| <= 2^29; sqrt(epsilon) d^1.5 / scale < 2^41"
+        "int32, any row; 1 <= d <= 2^14; |gamma| <= 2^15 output scales, |beta| <= 2^29 of them; "
+        "d sqrt(d epsilon) at most 2^40 input scales (RMSNorm: without the first d)"
     )
     TOLERANCE: ClassVar[float] = 0.5  # output steps: rounding. `tolerance` adds what grows with d and gamma
 
@@ -231,7 +236,7 @@ class _Norm(Kernel):
         root = integer_root((e * e).sum(-1, keepdims=True) * made["longer"] + g * g)
         s = np.clip((root * made["ratio"] + made["ratio_unit"] // 2) // made["ratio_unit"], 1, 4 * _N)
         y = (e * channels["gamma"] + s // _FRACTIONS * channels["fraction"]) // s + channels["beta"]
-        return np.clip(y, made["low"], made["high"]).astype(self.dtype)
+        return np.asarray(np.clip(y, made["low"], made["high"])).astype(self.dtype)
 
     def _equalised(self, x: Array) -> tuple[Array, Array, Array | int]:
         """e [..., d], f and k [..., 1], in int64."""
@@ -260,7 +265,8 @@ class _Norm(Kernel):
         limits = np.iinfo(self.dtype)
         normalised = np.divide(x, sigma, out=np.zeros_like(x), where=sigma > 0)  # a constant row, epsilon = 0
         y = normalised * np.asarray(self.gamma) + np.asarray(self.beta or 0.0)
-        return np.asarray(np.clip(y, *((end - self.y_zero_point) * self.y_scale for end in (limits.min, limits.max))))
+        low, high = ((float(end) - self.y_zero_point) * self.y_scale for end in (limits.min, limits.max))
+        return np.asarray(np.clip(y, low, high))
 
 
 def _truncated(a: Array, b: Array | int) -> Array:

@@ -1,17 +1,18 @@
 """Exact integer square root: floor(sqrt(n)) by Newton's iteration with a proven number of steps.
 
-Source: Newton's (Heron's) iteration as in Crandall and Pomerance, "Prime Numbers", 2005, algorithm 9.2.11; I-BERT (2021), algorithm 4, uses
-it with a loop. A graph has no cheap loop: here the number of steps is fixed, and proven.
+Source: Newton's (Heron's) iteration as in Crandall and Pomerance, "Prime Numbers", 2005, algorithm 9.2.11; I-BERT (2021),
+algorithm 4, uses it with a loop. A graph has no cheap loop: here the number of steps is fixed, and proven.
 
     x0 = ceil(2^((k+1)/2)),  k = floor(log2 n)             x <- (x + n div x) div 2, three or four times       x - [n div x < x]
 
 **k** is the number of thresholds 2^1, 2^2, ... that n reaches, and x0 a sum over them: a comparison and a product.
 
-**Proof.** Let s = floor(sqrt n), n >= 1. (1) No step falls below s: (x + n/x)/2 >= sqrt n for every x > 0, and flooring n/x, then the half, gives
-floor((x + n/x)/2) >= s. So x >= 1 and nothing is divided by 0. (2) With a = x - sqrt n >= 0 one step gives at most a^2 / (2x). From
-x0 / sqrt n <= sqrt 2 + 2^(-k/2) the relative error goes .42, .06, .0018, 1.6e-6, 1.2e-12: below 1/sqrt n after three steps for n < 2^31,
-after four for n < 2^63 (for small k, where the ceiling matters, the tests compute it for each k in fractions). (3) Once x is s or s + 1
-it stays so: from s, a step gives at most sqrt n + 1/(2s). (4) x = s + 1 is told by n div x < x; x = s never fulfils that.
+**Proof.** Let s = floor(sqrt n), n >= 1. (1) No step falls below s: (x + n/x)/2 >= sqrt n for every x > 0, and flooring n/x,
+then the half, gives floor((x + n/x)/2) >= s. So x >= 1 and nothing is divided by 0. (2) With a = x - sqrt n >= 0 one step gives
+at most a^2 / (2x). From x0 / sqrt n <= sqrt 2 + 2^(-k/2) the relative error goes .42, .06, .0018, 1.6e-6, 1.2e-12: below 1/sqrt
+n after three steps for n < 2^31, after four for n < 2^63 (for small k, where the ceiling matters, the tests compute it for each
+k in fractions). (3) Once x is s or s + 1 it stays so: from s, a step gives at most sqrt n + 1/(2s). (4) x = s + 1 is told by n
+div x < x; x = s never fulfils that.
 
 n = 0 runs as n = 1, and the last correction, which reads n itself, turns 1 into 0.
 """

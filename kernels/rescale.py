@@ -1,26 +1,27 @@
 """Dyadic rescale: an int32 accumulator times b/2^c, rounded half to even, plus a zero point, saturated to 8, 16 or 32 bits.
 
-Source: the multipliers b/2^c are those of Yao et al., "HAWQ-V3: Dyadic Neural Network Quantization", 2021, section 3; rounding half to even
-makes them equal to the fused operators of onnxruntime (docs/dyadic.md).
+Source: the multipliers b/2^c are those of Yao et al., "HAWQ-V3: Dyadic Neural Network Quantization", 2021, section 3; rounding
+half to even makes them equal to the fused operators of onnxruntime (docs/dyadic.md).
 
     y = saturate( round_half_even(acc * b / 2^c) + zero_point ),      1 <= b < 2^24,  0 <= c <= 31
 
-In 32 bits, with w = 8, 16 or 31 bits of reach (an output of w bits is saturated wherever |acc * b / 2^c| >= 2^w, as the zero point is one of
-its values). **Clip first**: beyond L = ceil(2^(c+w) / b) the output does not change, and |acc * b| <= L * b < 2^(c+w) + b. Then
+In 32 bits, with w = 8, 16 or 31 bits of reach (an output of w bits is saturated wherever |acc * b / 2^c| >= 2^w, as the zero
+point is one of its values). **Clip first**: beyond L = ceil(2^(c+w) / b) the output does not change, and |acc * b| <= L * b <
+2^(c+w) + b. Then
 
-- Direct, c + w <= 30: add K * 2^c with an even K, so that p = acc * b + K * 2^c >= 0 and p < 2^32, and round with shifts of p alone:
-  `(p + 2^(c-1) - 1 + ((p >> c) & 1)) >> c`, then subtract K. An even K keeps the parity, so ties go to even.
-- Wide, all else: the magnitude, as rounding half to even is odd: |acc| * b in two limbs of 32 bits from four products of 16, shifted
-  across both, rounded by the same formula on the bits that fall out, and the sign put back.
+- Direct, c + w <= 30: add K * 2^c with an even K, so that p = acc * b + K * 2^c >= 0 and p < 2^32, and round with shifts of p
+  alone: `(p + 2^(c-1) - 1 + ((p >> c) & 1)) >> c`, then subtract K. An even K keeps the parity, so ties go to even.
+- Wide, all else: the magnitude, as rounding half to even is odd: |acc| * b in two limbs of 32 bits from four products of 16,
+  shifted across both, rounded by the same formula on the bits that fall out, and the sign put back.
 
-c = 0 is run as (2b, 1). The fused form is onnxruntime's QGemm with an empty product: zeros x zeros + acc, in float32, exact for 8 bits and
-c <= 16 (docs/dyadic.md has the proof): six times as fast.
+c = 0 is run as (2b, 1). The fused form is onnxruntime's QGemm with an empty product: zeros x zeros + acc, in float32, exact for
+8 bits and c <= 16 (docs/dyadic.md has the proof): six times as fast.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from onnx import FunctionProto, TensorProto, helper
@@ -52,8 +53,9 @@ _DIRECT = """
     moved = Add (signed, back)
 """
 # acc_u: two's complement; (v ^ ones) + minus negates v where minus = 1. size <= 2^31, b < 2^25 (2b where c was 0).
-# p00 < 2^32, p01 <= 2^16 2^9, p10 <= 2^15 2^16, p11 <= 2^15 2^9; middle < 2^16 + 2^25 + 2^31 < 2^32; the left shift drops what `top` has.
-# size * b < 2^(c+w) + b, so whole < 2^31 + 2^24 and top << (32-c) loses nothing; rest < 2^c <= 2^31, rest + odd + below < 2^31 + 2^30.
+# p00 < 2^32, p01 <= 2^16 2^9, p10 <= 2^15 2^16, p11 <= 2^15 2^9; middle < 2^16 + 2^25 + 2^31 < 2^32; the left shift drops what
+# `top` has. size * b < 2^(c+w) + b, so whole < 2^31 + 2^24 and top << (32-c) loses nothing; rest < 2^c <= 2^31, rest + odd +
+# below < 2^31 + 2^30.
 _WIDE = """
     sixteen = Constant <value = uint32 {16}> ()
     thirty_one = Constant <value = uint32 {31}> ()
@@ -119,7 +121,8 @@ _END = """
 class DyadicRescale(Kernel):
     """y = saturate(round_half_even(acc * b / 2^c) + zero_point) of int32 `acc`, per tensor (one b and c) or per channel.
 
-    b, c: one number or one a channel. axis: of the channels, counted from the end (-1 is the last; -3 the channels of an NCHW tensor).
+    b, c: one number or one a channel. axis: of the channels, counted from the end (-1 is the last; -3 the channels of an NCHW
+    tensor).
     dtype: int8, uint8, int16, uint16 or int32 (there the zero point is 0).
     """
 
@@ -137,7 +140,9 @@ class DyadicRescale(Kernel):
         if self.dtype not in _REACH:
             raise ValueError(f"dyadic rescale: output type {self.dtype!r}: it must be one of {', '.join(_REACH)}")
         if not self.b or len(self.b) != len(self.c):
-            raise ValueError(f"dyadic rescale: {len(self.b)} numerators and {len(self.c)} shifts: give one of each for each channel")
+            raise ValueError(
+                f"dyadic rescale: {len(self.b)} numerators and {len(self.c)} shifts: give one of each for each channel"
+            )
         for b, c in zip(self.b, self.c, strict=True):
             within("dyadic rescale: b", b, 1, _MOST_NUMERATOR, "a multiplier is b/2^c with 1 <= b < 2^24")
             within("dyadic rescale: c", c, 0, _MOST_SHIFT, "a multiplier is b/2^c with 0 <= c <= 31")
@@ -162,7 +167,7 @@ class DyadicRescale(Kernel):
         return self.zero_point
 
     @property
-    def _limits(self) -> np.iinfo[np.signedinteger[np.typing.NBitBase]]:
+    def _limits(self) -> np.iinfo[Any]:
         return np.iinfo(self.dtype)
 
     def _vector(self, numbers: tuple[int, ...] | Int64) -> Int64:
@@ -282,5 +287,3 @@ class FusedRescale(DyadicRescale):
         made = function(text)
         made.opset_import.append(helper.make_opsetid("com.microsoft", 1))
         return made
-
-
