@@ -1,0 +1,289 @@
+"""Dyadic rescale: an int32 accumulator times b/2^c, rounded half to even, plus a zero point, saturated to 8, 16 or 32 bits.
+
+Source: the multipliers b/2^c are those of Yao et al., "HAWQ-V3: Dyadic Neural Network Quantization", 2021, section 3; rounding
+half to even makes them equal to the fused operators of onnxruntime (docs/dyadic.md).
+
+    y = saturate( round_half_even(acc * b / 2^c) + zero_point ),      1 <= b < 2^24,  0 <= c <= 31
+
+In 32 bits, with w = 8, 16 or 31 bits of reach (an output of w bits is saturated wherever |acc * b / 2^c| >= 2^w, as the zero
+point is one of its values). **Clip first**: beyond L = ceil(2^(c+w) / b) the output does not change, and |acc * b| <= L * b <
+2^(c+w) + b. Then
+
+- Direct, c + w <= 30: add K * 2^c with an even K, so that p = acc * b + K * 2^c >= 0 and p < 2^32, and round with shifts of p
+  alone: `(p + 2^(c-1) - 1 + ((p >> c) & 1)) >> c`, then subtract K. An even K keeps the parity, so ties go to even.
+- Wide, all else: the magnitude, as rounding half to even is odd: |acc| * b in two limbs of 32 bits from four products of 16,
+  shifted across both, rounded by the same formula on the bits that fall out, and the sign put back.
+
+c = 0 is run as (2b, 1). The fused form is onnxruntime's QGemm with an empty product: zeros x zeros + acc, in float32, exact for
+8 bits and c <= 16 (docs/dyadic.md has the proof): six times as fast.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from onnx import FunctionProto, TensorProto, helper
+
+from qcompile.dyadic import Int64, round_shift
+from qcompile.kernels._protocol import Array, Float64, Kernel, function, within
+
+_MOST_NUMERATOR = (1 << 24) - 1
+_MOST_SHIFT = 31
+_MOST_FUSED_SHIFT = 16
+_DIRECT_BITS = 30
+_REACH = {"uint8": 8, "int8": 8, "uint16": 16, "int16": 16, "int32": 31}
+
+# near: |near| <= limit < 2^31. product: |.| < 2^(c+w) + b <= 2^30 + 2^25 < 2^31. raised = product + K 2^c in [0, 2^32) (`_raise`
+# checks it), computed modulo 2^32 in uint32, which is exact. below < 2^(c-1), whole & 1 <= 1: still below 2^32. signed < 2^31.
+_DIRECT = """
+    floor = Neg (limit)
+    near_low = Max (acc, floor)
+    near = Min (near_low, limit)
+    product = Mul (near, b)
+    product_u = Cast <to = 12> (product)
+    raised = Add (product_u, raise)
+    whole = BitShift <direction = "RIGHT"> (raised, c)
+    odd = BitwiseAnd (whole, one)
+    raised_more = Add (raised, below)
+    biased = Add (raised_more, odd)
+    shifted = BitShift <direction = "RIGHT"> (biased, c)
+    signed = Cast <to = 6> (shifted)
+    moved = Add (signed, back)
+"""
+# acc_u: two's complement; (v ^ ones) + minus negates v where minus = 1. size <= 2^31, b < 2^25 (2b where c was 0).
+# p00 < 2^32, p01 <= 2^16 2^9, p10 <= 2^15 2^16, p11 <= 2^15 2^9; middle < 2^16 + 2^25 + 2^31 < 2^32; the left shift drops what
+# `top` has. size * b < 2^(c+w) + b, so whole < 2^31 + 2^24 and top << (32-c) loses nothing; rest < 2^c <= 2^31, rest + odd +
+# below < 2^31 + 2^30.
+_WIDE = """
+    sixteen = Constant <value = uint32 {16}> ()
+    thirty_one = Constant <value = uint32 {31}> ()
+    thirty_two = Constant <value = uint32 {32}> ()
+    low_half = Constant <value = uint32 {65535}> ()
+    none = Constant <value = uint32 {0}> ()
+    largest = Constant <value = uint32 {2147483647}> ()
+    acc_u = Cast <to = 12> (acc)
+    minus = BitShift <direction = "RIGHT"> (acc_u, thirty_one)
+    ones = Sub (none, minus)
+    turned = BitwiseXor (acc_u, ones)
+    magnitude = Add (turned, minus)
+    size = Min (magnitude, limit)
+    b1 = BitShift <direction = "RIGHT"> (b, sixteen)
+    b0 = BitwiseAnd (b, low_half)
+    m1 = BitShift <direction = "RIGHT"> (size, sixteen)
+    m0 = BitwiseAnd (size, low_half)
+    p00 = Mul (m0, b0)
+    p01 = Mul (m0, b1)
+    p10 = Mul (m1, b0)
+    p11 = Mul (m1, b1)
+    carried = BitShift <direction = "RIGHT"> (p00, sixteen)
+    cross = Add (p01, p10)
+    middle = Add (carried, cross)
+    upper = BitShift <direction = "RIGHT"> (middle, sixteen)
+    top = Add (p11, upper)
+    lower = BitShift <direction = "LEFT"> (middle, sixteen)
+    last = BitwiseAnd (p00, low_half)
+    bottom = Add (lower, last)
+    left = Sub (thirty_two, c)
+    from_top = BitShift <direction = "LEFT"> (top, left)
+    from_bottom = BitShift <direction = "RIGHT"> (bottom, c)
+    whole = Add (from_top, from_bottom)
+    unit = BitShift <direction = "LEFT"> (one, c)
+    mask = Sub (unit, one)
+    rest = BitwiseAnd (bottom, mask)
+    odd = BitwiseAnd (whole, one)
+    rest_more = Add (rest, below)
+    biased = Add (rest_more, odd)
+    up = BitShift <direction = "RIGHT"> (biased, c)
+    rounded = Add (whole, up)
+    most = Add (largest, minus)
+    saturated = Min (rounded, most)
+    turned_back = BitwiseXor (saturated, ones)
+    signed_u = Add (turned_back, minus)
+    signed = Cast <to = 6> (signed_u)
+    moved = Add (signed, back)
+"""
+# one = 2^0, below = 2^(c-1) - 1; c >= 1 here.
+_START = """
+    one = Constant <value = uint32 {1}> ()
+    less = Sub (c, one)
+    half = BitShift <direction = "LEFT"> (one, less)
+    below = Sub (half, one)
+"""
+_END = """
+    clipped = Clip (moved, low_, high_)
+    y = Cast <to : int = @to> (clipped)
+"""
+
+
+@dataclass(frozen=True)
+class DyadicRescale(Kernel):
+    """y = saturate(round_half_even(acc * b / 2^c) + zero_point) of int32 `acc`, per tensor (one b and c) or per channel.
+
+    b, c: one number or one a channel. axis: of the channels, counted from the end (-1 is the last; -3 the channels of an NCHW
+    tensor).
+    dtype: int8, uint8, int16, uint16 or int32 (there the zero point is 0).
+    """
+
+    b: tuple[int, ...]
+    c: tuple[int, ...]
+    zero_point: int = 0
+    dtype: str = "uint8"
+    axis: int = -1
+
+    source: ClassVar[str] = "HAWQ-V3 (2021), section 3, with rounding half to even"
+    domain: ClassVar[str] = "int32, any; 1 <= b < 2^24, 0 <= c <= 31; 8, 16 or 32 bits"
+    TOLERANCE: ClassVar[float] = 0.5  # rounding is the only error
+
+    def __post_init__(self) -> None:
+        if self.dtype not in _REACH:
+            raise ValueError(f"dyadic rescale: output type {self.dtype!r}: it must be one of {', '.join(_REACH)}")
+        if not self.b or len(self.b) != len(self.c):
+            raise ValueError(
+                f"dyadic rescale: {len(self.b)} numerators and {len(self.c)} shifts: give one of each for each channel"
+            )
+        for b, c in zip(self.b, self.c, strict=True):
+            within("dyadic rescale: b", b, 1, _MOST_NUMERATOR, "a multiplier is b/2^c with 1 <= b < 2^24")
+            within("dyadic rescale: c", c, 0, _MOST_SHIFT, "a multiplier is b/2^c with 0 <= c <= 31")
+        zero = (0, 0) if self.dtype == "int32" else (self._limits.min, self._limits.max)
+        within(f"dyadic rescale to {self.dtype}: zero point", self.zero_point, *zero, "it must be a value of the output")
+        if self.axis >= 0:
+            raise ValueError(f"dyadic rescale: axis {self.axis}: count it from the end, -1 is the last")
+
+    @property
+    def name(self) -> str:
+        """DyadicRescale, or DyadicRescaleWide where the product needs two limbs."""
+        return "DyadicRescale" if max(self.c) + _REACH[self.dtype] <= _DIRECT_BITS else "DyadicRescaleWide"
+
+    @property
+    def output_scale(self) -> float:
+        """1: one step of the output."""
+        return 1.0
+
+    @property
+    def output_zero_point(self) -> int:
+        """As given."""
+        return self.zero_point
+
+    @property
+    def _limits(self) -> np.iinfo[Any]:
+        return np.iinfo(self.dtype)
+
+    def _vector(self, numbers: tuple[int, ...] | Int64) -> Int64:
+        """Numbers a channel in the shape that broadcasts along `axis`; 0-d where there is one."""
+        found = np.asarray(numbers, np.int64)
+        return found.reshape(()) if found.size == 1 else found.reshape(-1, *[1] * (-self.axis - 1))
+
+    @property
+    def _multiplier(self) -> tuple[Int64, Int64]:
+        """b and c with c >= 1: 0 becomes (2b, 1)."""
+        b, c = self._vector(self.b), self._vector(self.c)
+        return np.where(c == 0, 2 * b, b), np.maximum(c, 1)
+
+    @property
+    def _limit(self) -> Int64:
+        """ceil(2^(c+w) / b), at most 2^31: saturation is reached there."""
+        b, c = self._multiplier
+        reach = np.left_shift(np.int64(1), c + _REACH[self.dtype])  # at most 2^62
+        return np.asarray(np.minimum(-(-reach // b), 1 << 31))
+
+    @property
+    def _raise(self) -> Int64:
+        """The even K with K * 2^c >= 2^(c+w) + b; the whole sum stays below 2^32."""
+        b, c = self._multiplier
+        k = (1 << _REACH[self.dtype]) + 2 * (-(-b // np.left_shift(np.int64(1), c + 1)))
+        # the largest sum: L * b + K 2^c + 2^(c-1), each at its largest
+        assert int((self._limit * b + np.left_shift(k, c) + np.left_shift(np.int64(1), c - 1)).max()) < 1 << 32
+        return np.asarray(k)
+
+    def attributes(self) -> dict[str, int]:
+        """low and high of the output, and its type."""
+        low, high = int(self._limits.min), int(self._limits.max)
+        return {"low": low, "high": high, "to": helper.np_dtype_to_tensor_dtype(np.dtype(self.dtype))}
+
+    def constants(self) -> dict[str, Array]:
+        """b, c, the limit L, and what is added before (K 2^c) and after (zero point - K)."""
+        b, c = self._multiplier
+        if self.name == "DyadicRescaleWide":
+            zero = np.asarray(self.zero_point, np.int32)
+            return {"b": b.astype(np.uint32), "c": c.astype(np.uint32), "limit": self._limit.astype(np.uint32), "back": zero}
+        k = self._raise
+        return {
+            "b": b.astype(np.int32),
+            "c": c.astype(np.uint32),
+            "limit": self._limit.astype(np.int32),
+            "raise": np.left_shift(k, c).astype(np.uint32),
+            "back": (self.zero_point - k).astype(np.int32),
+        }
+
+    def reference(self, *inputs: Array) -> Array:
+        """The formula in int64: |acc * b| < 2^55."""
+        product = inputs[0].astype(np.int64) * self._vector(self.b)
+        rounded = round_shift(product, self._vector(self.c)) + self.zero_point
+        return np.clip(rounded, self._limits.min, self._limits.max).astype(self.dtype)
+
+    def lower(self) -> FunctionProto:
+        """The direct or the wide form."""
+        body = _DIRECT if self.name == "DyadicRescale" else _WIDE
+        head = f"{self.name} <{', '.join(self.attributes())}> (acc, {', '.join(self.constants())}) => (y)"
+        return function(f"{head} {{ {_START} {body} {_END} }}", {"low": TensorProto.INT32, "high": TensorProto.INT32})
+
+    def oracle(self, *inputs: Array) -> Float64:
+        """acc * b / 2^c, within the range of the output. The product has at most 55 bits, so float64 adds 2^-53 relative."""
+        real = inputs[0].astype(np.float64) * self._vector(self.b) / np.exp2(self._vector(self.c))
+        return np.asarray(np.clip(real, self._limits.min - self.zero_point, self._limits.max - self.zero_point))
+
+
+@dataclass(frozen=True)
+class FusedRescale(DyadicRescale):
+    """The same integers from onnxruntime's QGemm: 8 bits, c <= 16, channels on the last axis; a tensor of rank 1 or more.
+
+    The multiplier is the float32 b / 2^c, exact as b < 2^24; it stands in the file as the scale of an operand that is all 0.
+    """
+
+    domain: ClassVar[str] = "int32, any; 1 <= b < 2^24, 0 <= c <= 16; 8 bits; onnxruntime only"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if _REACH[self.dtype] != 8:
+            raise ValueError(f"fused rescale: output type {self.dtype!r}: QGemm gives int8 or uint8, use DyadicRescale")
+        within("fused rescale: c", max(self.c), 0, _MOST_FUSED_SHIFT, "float32 is exact up to 16, use DyadicRescale")
+        if self.axis != -1:
+            raise ValueError(f"fused rescale: axis {self.axis}: QGemm has its channels last, use DyadicRescale")
+
+    @property
+    def name(self) -> str:
+        """DyadicRescaleFused, DyadicRescaleFusedSigned: QGemm's first operand has the type of its result."""
+        return "DyadicRescaleFused" if self.dtype == "uint8" else "DyadicRescaleFusedSigned"
+
+    def attributes(self) -> dict[str, int]:
+        """None: the type is that of the zero point."""
+        return {}
+
+    def constants(self) -> dict[str, Array]:
+        """The float32 multiplier and the zero point; for channels the zeros of the operand's zero point too."""
+        scale = np.ldexp(self._vector(self.b).astype(np.float32), -self._vector(self.c).astype(np.int32)).astype(np.float32)
+        operand_zero = np.zeros(scale.shape, np.int8)
+        return {"scale": scale, "operand_zero": operand_zero, "zero_point": np.asarray(self.zero_point, self.dtype)}
+
+    def lower(self) -> FunctionProto:
+        """QGemm of zeros [rows, 1] and zeros [1, channels], with the accumulator as its bias."""
+        text = f"""{self.name} (acc, {", ".join(self.constants())}) => (y) {{
+            shape = Shape (acc)
+            bias = Flatten <axis = -1> (acc)
+            rows = Shape <start = 0, end = 1> (bias)
+            columns = Shape <start = 1, end = 2> (bias)
+            single = Constant <value_ints = [1]> ()
+            left_shape = Concat <axis = 0> (rows, single)
+            right_shape = Concat <axis = 0> (single, columns)
+            left = ConstantOfShape <value = {self.dtype}[1] {{0}}> (left_shape)
+            right = ConstantOfShape <value = int8[1] {{0}}> (right_shape)
+            unit = Constant <value = float {{1}}> ()
+            left_zero = Constant <value = {self.dtype} {{0}}> ()
+            flat = com.microsoft.QGemm (left, unit, left_zero, right, scale, operand_zero, bias, unit, zero_point)
+            y = Reshape <allowzero = 1> (flat, shape)
+        }}"""
+        made = function(text)
+        made.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+        return made

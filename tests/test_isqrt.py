@@ -1,0 +1,92 @@
+"""The integer square root against math.isqrt, and its number of steps in fractions."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from math import isqrt
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from kernel_models import assert_lowered_equals_reference, assert_other_evaluators_agree, element_types
+from onnx import TensorProto
+
+from qcompile.kernels._protocol import Array
+from qcompile.kernels.isqrt import STEPS, ISqrt, integer_root, start
+
+WIDTHS = pytest.mark.parametrize("wide", [False, True], ids=["int32", "int64"])
+
+
+def numbers(wide: bool) -> Array:
+    """All small ones, 2^k and squares with their neighbours, the largest, and 10^5 random ones of every size."""
+    bits = 63 if wide else 31
+    top = 2**bits - 1
+    rng = np.random.default_rng(0)
+    roots = rng.integers(1, isqrt(top), 20_000, endpoint=True)
+    parts = [
+        np.arange(66_000),
+        [min(2**k + d, top) for k in range(2, bits + 1) for d in (-2, -1, 0, 1, 2)],
+        roots**2,
+        roots**2 - 1,
+        rng.integers(0, top, 100_000, endpoint=True) >> rng.integers(0, bits, 100_000),
+        [isqrt(top) ** 2, isqrt(top) ** 2 - 1, top],
+    ]
+    return np.concatenate([np.asarray(p, np.int64) for p in parts]).astype(np.int64 if wide else np.int32)
+
+
+@WIDTHS
+def test_reference_is_the_exact_floor(wide: bool) -> None:
+    n = numbers(wide)
+    assert ISqrt(wide).reference(n).tolist() == [isqrt(v) for v in n.tolist()]
+
+
+@given(st.integers(0, 2**63 - 1))
+def test_reference_is_the_exact_floor_everywhere(n: int) -> None:
+    assert int(integer_root(np.asarray(n))) == isqrt(n)
+
+
+@WIDTHS
+@pytest.mark.parametrize("shape", [(-1,), (-1, 1), (), (0, 1)], ids=["vector", "column", "scalar", "empty"])
+def test_lowered_equals_reference(wide: bool, shape: tuple[int, ...]) -> None:
+    n = numbers(wide)
+    n = n[-1:].reshape(()) if shape == () else n[:0].reshape(shape) if 0 in shape else n.reshape(shape)
+    assert_lowered_equals_reference(ISqrt(wide), n)
+
+
+@WIDTHS
+def test_other_evaluators_agree(wide: bool) -> None:
+    assert_other_evaluators_agree(ISqrt(wide), numbers(wide)[::97])
+
+
+@WIDTHS
+def test_number_of_steps_is_proven_for_every_size_of_n(wide: bool) -> None:
+    """For 2^k <= n < 2^(k+1): the excess a = x - sqrt n starts at most at x0 - sqrt 2^k, and a^2 / 2x <= a^2 / (2 sqrt n)."""
+    for k in range(63 if wide else 31):
+        least = Fraction(isqrt(2**k * 2**80), 2**40)  # sqrt 2^k from below, to 40 bits
+        assert start(k) ** 2 >= 2 ** (k + 1) > 2**k
+        excess = start(k) - least
+        for _ in range(STEPS[wide]):
+            excess = excess * excess / (2 * (least + excess))
+        assert excess < 1
+
+
+@WIDTHS
+def test_one_step_less_would_not_do(wide: bool) -> None:
+    """The proof is not slack: with one step less there is an n whose x is beyond floor + 1, where the correction fails."""
+    n = 2 ** (62 if wide else 30)
+    x = start(62 if wide else 30)
+    for _ in range(STEPS[wide] - 1):
+        x = (x + n // x) // 2
+    assert x > isqrt(n) + 1
+
+
+def test_integers_alone() -> None:
+    for wide in (False, True):
+        kinds = element_types(ISqrt(wide), numbers(wide)[:4])
+        assert kinds <= {TensorProto.INT32, TensorProto.INT64, TensorProto.BOOL}
+
+
+def test_negative_is_refused() -> None:
+    with pytest.raises(ValueError, match="-4 is negative"):
+        ISqrt().reference(np.array([3, -4], np.int32))
