@@ -67,17 +67,8 @@ class Layer:
         weight = matrix.reshape(groups, matrix.shape[0] // groups, matrix.shape[1])
         steps = self.scale.reshape(weight.shape[:2])
         pair_rule = settings.target == "any" and not self.site.depthwise
-        target, strength, folds = np.asarray(weight, np.float64), np.inf, self._folds()
-        if folds is None:
-            count = len(self.integers)
-            covariance = input_covariance(self.original, self.weight.shape, self.inputs(), count, settings.seed)
-        else:
-            covariance = reduce(add, folds).covariances()[1]
-            target, strength = compensate(weight, folds)
-        if settings.effort == "best" and folds is not None and self.top < WEIGHT_MAX:
-            self.rows = self._rows(weight)
-            target, self.bias, behind = reconstruct(self.rows, weight, target, self._float_bias().reshape(weight.shape[:2]))
-            strength = min(strength, behind)
+        folds = self._folds()
+        target, covariance, strength = self._target(weight, folds)
         grid = Grid(
             np.float32(self.site.source.scale),
             None if self.site.result is None else np.float32(self.site.result.scale),
@@ -98,6 +89,21 @@ class Layer:
         self.stored.assign(weight_tensor(integers.reshape(matrix.shape), self.weight.shape, op, axis))
         self._set_scale(scale.reshape(-1))
         return True
+
+    def _target(self, weight: Array, folds: list[PairMoments] | None) -> tuple[Array, Array, float]:
+        """The weights to round, the covariance of what reaches the layer, and how strongly they were regressed (inf: not)."""
+        settings = self.context.settings
+        if folds is None:
+            count = len(self.integers)
+            covariance = input_covariance(self.original, self.weight.shape, self.inputs(), count, settings.seed)
+            return np.asarray(weight, np.float64), covariance, np.inf
+        covariance = reduce(add, folds).covariances()[1]
+        target, strength = compensate(weight, folds)
+        if settings.effort == "best" and self.top < WEIGHT_MAX:
+            self.rows = self._rows(weight)
+            target, self.bias, behind = reconstruct(self.rows, weight, target, self._float_bias().reshape(weight.shape[:2]))
+            strength = min(strength, behind)
+        return target, covariance, strength
 
     def _folds(self) -> list[PairMoments] | None:
         """Moments of both worlds' inputs; None where the layer is too wide for them."""

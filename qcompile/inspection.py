@@ -38,6 +38,7 @@ _CLAMPS = ("Relu", "Clip")
 _MOVING = CARRIES | {"MaxPool", "Resize", "Upsample", "Max", "Min"}
 _JOINING = ("Concat", "Max", "Min")
 _ENDS = ("QuantizeLinear", "DequantizeLinear")
+_WRITTEN = ("DyadicRescale", "RatioRescale")
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +92,23 @@ def rescales(model: onnx.ModelProto | str | Path) -> list[Rescale]:
             rescale = None
         if rescale is not None:
             found.append(rescale)
-    return found
+    return found + [_written_out(scales, call) for call in scales.calls if call.op_type in _WRITTEN]
+
+
+def _written_out(scales: Scales, call: onnx.NodeProto) -> Rescale:
+    """A rescale of the integer format, which states its integers: exact within the bounds in which its body cannot wrap."""
+    label = call.name or call.output[0]
+    first, second = (scales.constant(name) for name in call.input[1:3])
+    if first is None or second is None or second.size != 1:
+        return Rescale(label, call.op_type, "linear", False, "its integers are not stored in the file")
+    top, divisor = first.astype(np.int64), int(second.reshape(-1)[0])
+    if call.op_type == "RatioRescale":
+        fits = divisor % 2 == 1 and 1 <= divisor <= 1023 and bool(((top >= 1) & (top <= 256 * divisor)).all())
+        reason = "" if fits else f"p/{divisor} is not a ratio with one odd q <= 1023"
+        return Rescale(label, call.op_type, "add", fits, reason, p=tuple(int(p) for p in top.reshape(-1)), q=divisor)
+    fits = 1 <= divisor <= 20 and bool(((top >= 1) & (top <= 1 << (divisor + 8))).all())
+    reason = "" if fits else f"b or c = {divisor} is outside what int32 can rescale"
+    return Rescale(label, call.op_type, "linear", fits, reason, b=top.reshape(-1), c=np.full(top.size, divisor, np.int64))
 
 
 # --- judgements on scales -------------------------------------------------------------------------------------

@@ -43,10 +43,15 @@ class Link:
 
 
 class Scales:
-    """A model with its functions inlined, indexed for reading. Raises ModelError where it cannot be read."""
+    """A model with its functions inlined, indexed for reading; `calls`: the nodes that called qcompile's own functions.
+
+    Raises ModelError where it cannot be read.
+    """
 
     def __init__(self, model: onnx.ModelProto | str | Path) -> None:
-        self.model = read_inlined(model)
+        whole = read(model)
+        self.calls = [n for n in whole.graph.node if n.domain == "qcompile"]
+        self.model = inlined(whole)
         self.wiring = Wiring.of(self.model)
         self._shapes: dict[str, list[int | None]] | None = None
 
@@ -140,6 +145,20 @@ def read_inlined(model: onnx.ModelProto | str | Path, calls: Counter[str] | None
 
     Raises ModelError where it cannot be read.
     """
+    whole = read(model)
+    if calls is not None:
+        local = {(f.domain, f.name) for f in whole.functions}
+        calls.update(n.op_type for n in whole.graph.node if (n.domain, n.op_type) in local)
+    return inlined(whole)
+
+
+def inlined(model: onnx.ModelProto) -> onnx.ModelProto:
+    """`model` with its functions written out."""
+    return onnx.inliner.inline_local_functions(model) if model.functions else model
+
+
+def read(model: onnx.ModelProto | str | Path) -> onnx.ModelProto:
+    """The model as it stands, weights left on disk where they lie outside. Raises ModelError where it cannot be read."""
     if not isinstance(model, onnx.ModelProto):
         path = Path(model)
         try:
@@ -150,10 +169,7 @@ def read_inlined(model: onnx.ModelProto | str | Path, calls: Counter[str] | None
                     tensor.data_location = TensorProto.DEFAULT
         except (OSError, DecodeError, onnx.checker.ValidationError) as error:
             raise ModelError(f"{path}: cannot be read as an ONNX model: {' '.join(str(error).split())}") from error
-    if calls is not None:
-        local = {(f.domain, f.name) for f in model.functions}
-        calls.update(n.op_type for n in model.graph.node if (n.domain, n.op_type) in local)
-    return onnx.inliner.inline_local_functions(model) if model.functions else model
+    return model
 
 
 def _inferred_shapes(model: onnx.ModelProto) -> dict[str, list[int | None]]:

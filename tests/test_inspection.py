@@ -15,6 +15,7 @@ from onnx import TensorProto, external_data_helper, helper, numpy_helper
 
 from qcompile.errors import ModelError
 from qcompile.inspection import Rescale, rescales, summary
+from qcompile.pipeline import compile_model
 
 SX, ZX, SY, ZY = 0.0374, 121, 0.0525, 118
 BOTH = pytest.mark.parametrize("layout", ["qdq", "qoperator"])
@@ -296,3 +297,42 @@ def test_scales_in_external_data(tmp_path: Path) -> None:
 def test_unreadable_file(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"absent\.onnx: cannot be read"):
         rescales(tmp_path / "absent.onnx")
+
+
+# --- rescales written out -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def both_formats(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder, models = tmp_path_factory.mktemp("formats"), Path(__file__).resolve().parents[1] / "models"
+    for form in ("qoperator", "integer"):
+        data = str(models / "digits_calib.npz")
+        compile_model(models / "digits_cnn.onnx", folder / f"{form}.onnx", format=form, effort="fast", data=data, latency=False)
+    return {form: folder / f"{form}.onnx" for form in ("qoperator", "integer")}
+
+
+def test_the_integer_format_states_the_multipliers_of_the_quantised_operators(both_formats: dict[str, Path]) -> None:
+    fused = [r for r in rescales(both_formats["qoperator"]) if r.kind == "linear"]
+    written = {frozenset(_fractions(r)) for r in rescales(both_formats["integer"])}
+    assert fused
+    assert all(r.exact for r in rescales(both_formats["integer"]))
+    for rescale in fused:
+        assert frozenset(min(f, Fraction(256)) for f in _fractions(rescale)) in written
+
+
+def _fractions(rescale: Rescale) -> list[Fraction]:
+    assert rescale.b is not None
+    assert rescale.c is not None
+    b, c = np.broadcast_arrays(rescale.b, rescale.c)
+    return [Fraction(int(x), 2 ** int(y)) for x, y in zip(b.reshape(-1), c.reshape(-1), strict=True)]
+
+
+@pytest.mark.parametrize("value", [0, 1 << 29])
+def test_a_written_rescale_outside_its_bounds_is_named(both_formats: dict[str, Path], value: int) -> None:
+    model = onnx.load(both_formats["integer"])
+    call = next(n for n in model.graph.node if n.op_type == "DyadicRescale")
+    tensor = next(t for t in model.graph.initializer if t.name == call.input[1])
+    tensor.CopyFrom(numpy_helper.from_array(np.full(tuple(tensor.dims), value, np.int32), tensor.name))
+    found = [r for r in rescales(model) if not r.exact]
+    assert [r.node for r in found] == [call.name or call.output[0]]
+    assert "outside what int32 can rescale" in found[0].reason
