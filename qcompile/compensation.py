@@ -157,10 +157,16 @@ def compensate(weight: Array, folds: list[PairMoments]) -> tuple[FloatArray, flo
 
 
 def _regress(matrix: FloatArray, cross: FloatArray, noisy: FloatArray, strength: float) -> FloatArray:
-    level = np.maximum(np.einsum("gkk->gk", noisy).mean(axis=1), 1e-30)
+    level = mean_level(noisy)
     damped = noisy + (strength * level)[:, None, None] * np.eye(noisy.shape[1])
     shift = np.linalg.solve(damped, np.swapaxes(matrix @ (cross - noisy), 1, 2))
     return np.asarray(matrix + np.swapaxes(shift, 1, 2))
+
+
+def mean_level(moment: FloatArray) -> FloatArray:
+    """The mean variance of each group, [groups]; of a dead one, whose moments are mere cancellation, a bit of the liveliest's."""
+    level = np.einsum("gkk->gk", moment).mean(axis=1)
+    return np.asarray(np.maximum(level, max(1e-6 * float(level.max(initial=0.0)), 1e-30)))
 
 
 def _change_of_error(matrix: FloatArray, target: FloatArray, cross: FloatArray, noisy: FloatArray) -> float:

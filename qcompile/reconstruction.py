@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from qcompile.compensation import mean_level
 from qcompile.runtime import Array
 
 FloatArray = npt.NDArray[np.float64]
@@ -71,7 +72,7 @@ class _Solver:
         self.centred = rows.inputs - mean
         self.mean = mean[:, 0].astype(np.float64)
         moment = np.matmul(np.swapaxes(self.centred, 1, 2), self.centred).astype(np.float64) / rows.count
-        self.pull = strength * np.maximum(np.einsum("gkk->gk", moment).mean(axis=1), 1e-30)[:, None, None]
+        self.pull = strength * mean_level(moment)[:, None, None]
         self.inverse = np.linalg.inv(moment + self.pull * np.eye(moment.shape[1]))
 
     def run(self, start: FloatArray, bias: FloatArray, steps: int) -> tuple[FloatArray, FloatArray]:

@@ -132,3 +132,17 @@ def test_depthwise_groups_are_regressed_each_for_itself() -> None:
 
 def test_the_widest_layer_stays_within_its_memory() -> None:
     assert 32 * compensation.WIDEST**2 < 0.35e9
+
+
+def test_a_dead_group_beside_live_ones_is_left_alone() -> None:
+    """Its moments hold nothing but cancellation, which need not be invertible at any small damping."""
+    live = np.eye(4)
+    ghost = np.full((4, 4), 1e-12)
+    noisy = np.stack([live, ghost])
+    cross = np.stack([0.9 * live, np.zeros((4, 4))])
+    folds = [PairMoments(100, np.zeros((2, 4)), np.zeros((2, 4)), 100 * cross, 100 * noisy) for _ in range(2)]
+    weight = np.random.default_rng(15).normal(size=(2, 1, 4))
+    target, strength = compensate(weight, folds)
+    assert np.isfinite(strength)
+    np.testing.assert_allclose(target[1], weight[1], atol=1e-3)
+    np.testing.assert_allclose(target[0], weight[0] * (0.9 + strength) / (1 + strength), rtol=1e-6)

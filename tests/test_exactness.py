@@ -21,6 +21,7 @@ import onnx
 import pytest
 from onnx import ModelProto, numpy_helper
 from passes_helpers import parse
+from test_pack_int4 import unpacked
 
 from qcompile.certificate import certify
 from qcompile.context import Context, Settings
@@ -52,8 +53,8 @@ def both_formats(graph: Graph, context: Context) -> tuple[ModelProto, ModelProto
 
 
 def integer_form(qoperator: ModelProto) -> ModelProto:
-    """The integer format of a finished quantised-operator model."""
-    graph = Graph.from_proto(qoperator)
+    """The integer format of a finished quantised-operator model; weights are packed behind it, so here they are unpacked."""
+    graph = Graph.from_proto(unpacked(qoperator))
     report = LowerInteger().run(graph, Context(Settings(format="integer")))
     assert report.rewrites > 0
     assert certify(graph.to_proto()).integer_only
