@@ -40,6 +40,7 @@ from qcompile.interpret_values import why_not_dyadic, why_not_tie_free
 from qcompile.passes._integer_sums import become, centred, int32_value, plumb, sum_of_positions
 from qcompile.passes._rescale import common_shift, dyadic_rescale, ratio_rescale
 from qcompile.rewrite import Exact, Promise, Report
+from qcompile.runtime import runs_signed_conv_integer
 
 _MICROSOFT = "com.microsoft"
 _INT32_MAX = 2**31 - 1
@@ -198,6 +199,8 @@ def _conv(graph: Graph, node: Node) -> None:
     _per_tensor(node, x, y)
     if w.zero.ndim:
         raise _refusal(node, "its weights have unequal zero points")
+    if not runs_signed_conv_integer():
+        raise _refusal(node, "this onnxruntime has no ConvInteger for int8 weights, a newer one has")
     weight, bias = node.constant(3), node.constant(8)
     if weight is None or (node.input(8) is not None and bias is None):
         raise _refusal(node, "its weights or bias are computed at run time")

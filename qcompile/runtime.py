@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from enum import Enum
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -11,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import onnxruntime as ort
+from onnx import TensorProto, helper
 
 from qcompile.errors import ModelError
 
@@ -82,3 +84,16 @@ class Session:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:500]
+
+
+@cache
+def runs_signed_conv_integer() -> bool:
+    """Whether this onnxruntime has ConvInteger for uint8 inputs and int8 weights: 1.23 has not, 1.32 has."""
+    x, w = (helper.make_tensor_value_info(n, t, [1, 1, 1, 1]) for n, t in (("x", TensorProto.UINT8), ("w", TensorProto.INT8)))
+    y = helper.make_tensor_value_info("y", TensorProto.INT32, [1, 1, 1, 1])
+    graph = helper.make_graph([helper.make_node("ConvInteger", ["x", "w"], ["y"])], "probe", [x, w], [y])
+    try:
+        Session(helper.make_model(graph, ir_version=10, opset_imports=[helper.make_opsetid("", 21)]), label="probe")
+    except ModelError:
+        return False
+    return True

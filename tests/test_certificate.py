@@ -10,6 +10,7 @@ import onnx
 import pytest
 from onnx import ModelProto
 from passes_helpers import parse
+from runtime_marks import needs_conv_integer
 
 from qcompile.certificate import certify
 from qcompile.cli import main
@@ -171,6 +172,7 @@ def run(*args: str, capfd: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
     return int(end.value.code or 0), out, err
 
 
+@needs_conv_integer
 def test_inspect_says_yes(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     path, report = tmp_path / "i.onnx", tmp_path / "r.json"
     data = str(MODELS / "digits_calib.npz")

@@ -21,6 +21,7 @@ import onnx
 import pytest
 from onnx import ModelProto, numpy_helper
 from passes_helpers import parse
+from runtime_marks import needs_conv_integer
 from test_pack_int4 import unpacked
 
 from qcompile.certificate import certify
@@ -33,7 +34,7 @@ from qcompile.passes.lower_integer import LowerInteger
 from qcompile.passes.lower_qoperator import LowerQOperator
 from qcompile.pipeline import compile_model
 from qcompile.ranges import Observer
-from qcompile.runtime import Feeds, Optimisation, Session
+from qcompile.runtime import Feeds, Optimisation, Session, runs_signed_conv_integer
 
 MODELS = Path(__file__).resolve().parents[1] / "models"
 ZOO = Path(__file__).resolve().parents[2] / "shared" / "zoo"
@@ -72,19 +73,21 @@ def assert_exact(
     if outputs is not None:
         qdq, qoperator = ending_in(qdq, outputs), ending_in(qoperator, outputs)
     fused = Session(qdq, threads=1)
-    integer = integer_form(qoperator) if integer is None else integer
+    if integer is None and runs_signed_conv_integer():
+        integer = integer_form(qoperator)
     interpreters = {
         "interpreter of qdq": Interpreter(qdq),
         "interpreter of qoperator": Interpreter(qoperator),
-        "interpreter of integer": Interpreter(integer),
     }
     others: dict[str, Session | Interpreter] = {
         "qoperator": Session(qoperator, threads=1),
         "qoperator, optimisation off": Session(qoperator, optimisation=Optimisation.OFF, threads=1),
-        "integer": Session(integer, threads=1),
-        "integer, optimisation off": Session(integer, optimisation=Optimisation.OFF, threads=1),
-        **interpreters,
     }
+    if integer is not None:
+        interpreters["interpreter of integer"] = Interpreter(integer)
+        others["integer"] = Session(integer, threads=1)
+        others["integer, optimisation off"] = Session(integer, optimisation=Optimisation.OFF, threads=1)
+    others.update(interpreters)
     results = []
     for index, feed in enumerate(feeds):
         expected = fused.run(feed)
@@ -433,6 +436,7 @@ def test_digits_vit_with_float_nodes_between() -> None:
             np.testing.assert_array_equal(lowered.run(feed)[name], value)
 
 
+@needs_conv_integer
 def test_written_files_of_all_formats(tmp_path: Path) -> None:
     _, inputs = digits()
     files = {}

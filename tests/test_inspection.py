@@ -12,6 +12,7 @@ import onnx.parser
 import pytest
 from integer_models import Net, Tensor
 from onnx import TensorProto, external_data_helper, helper, numpy_helper
+from runtime_marks import needs_conv_integer
 
 from qcompile.errors import ModelError
 from qcompile.inspection import Rescale, rescales, summary
@@ -311,6 +312,7 @@ def both_formats(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {form: folder / f"{form}.onnx" for form in ("qoperator", "integer")}
 
 
+@needs_conv_integer
 def test_the_integer_format_states_the_multipliers_of_the_quantised_operators(both_formats: dict[str, Path]) -> None:
     fused = [r for r in rescales(both_formats["qoperator"]) if r.kind == "linear"]
     written = {frozenset(_fractions(r)) for r in rescales(both_formats["integer"])}
@@ -327,6 +329,7 @@ def _fractions(rescale: Rescale) -> list[Fraction]:
     return [Fraction(int(x), 2 ** int(y)) for x, y in zip(b.reshape(-1), c.reshape(-1), strict=True)]
 
 
+@needs_conv_integer
 @pytest.mark.parametrize("value", [0, 1 << 29])
 def test_a_written_rescale_outside_its_bounds_is_named(both_formats: dict[str, Path], value: int) -> None:
     model = onnx.load(both_formats["integer"])

@@ -15,6 +15,7 @@ import pytest
 from integer_models import Net
 from onnx import ModelProto, TensorProto
 from passes_helpers import ops, parse
+from runtime_marks import needs_conv_integer
 from test_exactness import MODELS, ZOO, zoo_tasks
 from test_lower_qoperator import CASES
 
@@ -29,6 +30,8 @@ from qcompile.passes.lower_integer import LowerInteger
 from qcompile.pipeline import Compiled, compile_model
 from qcompile.rewrite import Report
 from qcompile.runtime import Optimisation, Session
+
+pytestmark = needs_conv_integer
 
 INTEGER = Context(Settings(format="integer"))
 DATA = str(MODELS / "digits_calib.npz")
