@@ -21,7 +21,7 @@ import numpy as np
 from onnx import AttributeProto, TensorProto, helper, numpy_helper
 
 from qcompile.graph import Array, Const, Graph, Node, Tensor, Value
-from qcompile.passes._match import is_op, ints_of, scalar_of
+from qcompile.passes._match import ints_of, is_op, scalar_of
 
 _BOOL = TensorProto.BOOL
 _INTEGERS = frozenset({TensorProto.INT8, TensorProto.UINT8, TensorProto.INT32, TensorProto.INT64})
@@ -284,9 +284,13 @@ def _triangle(node: Node, table: Table | None) -> Table | None:
     return _combined(lambda k, v: v if k else np.asarray(v).dtype.type(0), [kept, table])
 
 
+def _turned(row: Row, index: int) -> Row:
+    return (*row[:index], not row[index], *row[index + 1 :])
+
+
 def _flipped(rows: dict[Row, Any], index: int) -> dict[Row, Any]:
     """The rows with condition `index` turned round."""
-    return {row: rows[(*row[:index], not row[index], *row[index + 1 :])] for row in rows}
+    return {row: rows[_turned(row, index)] for row in rows}
 
 
 def _condition(conditions: tuple[Condition, ...], rows: dict[Row, bool]) -> Condition | bool:
@@ -355,7 +359,7 @@ class Conditions:
         moved.attrs.update((name, AttributeProto.FromString(text)) for name, text in condition.attributes)
         return self._typed(moved)
 
-    def _node(self, op: str, inputs: Sequence[Tensor | None], elem_type: int = _BOOL, **attributes: int) -> Value:
+    def _node(self, op: str, inputs: Sequence[Tensor | None], elem_type: int = _BOOL, **attributes: Any) -> Value:
         return self._typed(self._graph.node(op, inputs, ["keep"], **attributes), elem_type)
 
     @staticmethod
