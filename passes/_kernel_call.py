@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from onnx import NodeProto, TensorProto, helper
 
 from qcompile.graph import Graph, Node, Tensor, Value
-from qcompile.kernels import Kernel
+from qcompile.kernels._protocol import Kernel
 
 _LOCAL_FUNCTIONS = 8  # the first IR version with them
 
@@ -23,7 +24,8 @@ def kernel_call(
     """Append `result = kernel(inputs)`. name: what its constants are called after; notes: the node's metadata."""
     declare_kernel(graph, kernel)
     constants = [graph.constant(f"{name}_{role}", values) for role, values in kernel.constants().items()]
-    node = graph.node(kernel.name, [*inputs, *constants], [result], domain="qcompile", **kernel.attributes())
+    attributes: dict[str, Any] = dict(kernel.attributes())
+    node = graph.node(kernel.name, [*inputs, *constants], [result], domain="qcompile", **attributes)
     node.name = ""
     node.source = NodeProto()
     for key, value in {"source": name, **(notes or {})}.items():

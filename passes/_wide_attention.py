@@ -1,8 +1,8 @@
 """Softmax and attention's two products in integers.
 
-    scores = q k        u8 x u8 -> int32, the factor 1/sqrt(d) and the mask go into the exponential
-    e = exp(scores)     u8, 255 at the maximum of a row, exactly 0 where masked
-    context = e v       int32, divided by the sum of e: the probabilities themselves are never rounded
+scores = q k        u8 x u8 -> int32, the factor 1/sqrt(d) and the mask go into the exponential
+e = exp(scores)     u8, 255 at the maximum of a row, exactly 0 where masked
+context = e v       int32, divided by the sum of e: the probabilities themselves are never rounded
 """
 
 from __future__ import annotations
