@@ -224,12 +224,7 @@ class _Norm(Kernel):
 
     def reference(self, *inputs: Array) -> Array:
         """The formula in int64. Raises ValueError for rows of another length, and for values beyond `input_bits`."""
-        x = inputs[0].astype(np.int64)
-        if x.shape[-1] != self.d:
-            raise ValueError(f"{self.stem}: rows of {x.shape[-1]} values, made for {self.d}")
-        most = 1 << (self.input_bits - 1)
-        if x.size and max(-int(x.min()), int(x.max())) > most:
-            raise ValueError(f"{self.stem}: the input reaches {int(x.min())} .. {int(x.max())}, made for {self.input_bits} bits")
+        x = self._row(inputs[0])
         made, channels = self.attributes(), self._channels
         e, f, k = self._equalised(x)
         g = made["epsilon"] * f // ((1 << _EPSILON_BITS) * k)
@@ -237,6 +232,16 @@ class _Norm(Kernel):
         s = np.clip((root * made["ratio"] + made["ratio_unit"] // 2) // made["ratio_unit"], 1, 4 * _N)
         y = (e * channels["gamma"] + s // _FRACTIONS * channels["fraction"]) // s + channels["beta"]
         return np.asarray(np.clip(y, made["low"], made["high"])).astype(self.dtype)
+
+    def _row(self, given: Array) -> Array:
+        """The input in int64, checked."""
+        x = given.astype(np.int64)
+        if x.shape[-1] != self.d:
+            raise ValueError(f"{self.stem}: rows of {x.shape[-1]} values, made for {self.d}")
+        most = 1 << (self.input_bits - 1)
+        if x.size and max(-int(x.min()), int(x.max())) > most:
+            raise ValueError(f"{self.stem}: the input reaches {int(x.min())} .. {int(x.max())}, made for {self.input_bits} bits")
+        return x
 
     def _equalised(self, x: Array) -> tuple[Array, Array, Array | int]:
         """e [..., d], f and k [..., 1], in int64."""

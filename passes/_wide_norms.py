@@ -9,6 +9,7 @@ import numpy as np
 
 from qcompile.graph import Array, Node, Tensor, Value
 from qcompile.kernels.ilayernorm import ILayerNorm, IRmsNorm
+from qcompile.kernels.lean_norm import ILayerNormLean, IRmsNormLean
 from qcompile.passes._kernel_call import kernel_call
 from qcompile.passes._wide import INT32_MAX, Refusal, Wide, Wides
 from qcompile.passes._wide_sums import MOVES
@@ -71,10 +72,14 @@ def normalise(
 
 
 def _make(kernel: type[ILayerNorm] | type[IRmsNorm], options: dict[str, object]) -> ILayerNorm | IRmsNorm:
-    try:
-        return kernel(**options)  # type: ignore[arg-type]
-    except ValueError as error:
-        raise Refusal(f"outside the kernel's domain ({error})") from error
+    """The lean form; where the row is outside its domain, the one for any row."""
+    reason = ""
+    for form in (ILayerNormLean if kernel is ILayerNorm else IRmsNormLean, kernel):
+        try:
+            return form(**options)  # type: ignore[arg-type]
+        except ValueError as error:
+            reason = str(error)
+    raise Refusal(f"outside the kernel's domain ({reason})")
 
 
 def _step(wides: Wides, output: Value, gain: float) -> float:

@@ -86,6 +86,8 @@ def lost_rows(kernel: ISoftmax) -> list[Array]:
 def _scored(kernel: IExp | ISoftmax | TableExp) -> Case:
     def inputs() -> list[tuple[Array, ...]]:
         rows = score_rows(kernel.scale) + wild_rows() + (lost_rows(kernel) if isinstance(kernel, ISoftmax) else [])
+        if isinstance(kernel, TableExp) and kernel.bound < 2**31:
+            rows = [np.clip(row, -kernel.bound, kernel.bound) for row in rows]
         return with_mask(rows) if kernel.masked else [(row,) for row in rows]
 
     return Case(kernel, inputs)
@@ -103,7 +105,7 @@ def _gelu(kernel: IGelu) -> Case:
 def _normalise(kernel: INormalise) -> Case:
     def inputs() -> list[tuple[Array, ...]]:
         rng = np.random.default_rng(3)
-        largest = 255 * kernel.longest
+        largest = kernel.room * kernel.multiplier - 1 if kernel.any_length else kernel.room
         total = rng.integers(1, largest, (ELEMENTS // 50, 1), endpoint=True)
         total[:5, 0] = (1, 2, 255, largest - 1, largest)
         context = rng.integers(-255 * total, 255 * total, (len(total), 50), endpoint=True)
@@ -142,6 +144,7 @@ CASES: dict[str, Case] = {
     },
     "IGelu tanh 0.05": _gelu(IGelu(0.05, tanh=True)),
     **{f"INormalise {n}": _normalise(INormalise(0.02, longest=n)) for n in (1, 128, 512, 8192)},
+    **{f"INormalise any, {n}": _normalise(INormalise(0.02, longest=n, any_length=True)) for n in (1, 512, 8192)},
     "Table Sigmoid": _table_of("Sigmoid", 1 / 256, 0),
     "Table Silu": _table_of("Silu"),
     "Table Gelu int8 to int8": _table_of("Gelu", zx=-3, zy=-120, input_type=np.int8, output_type=np.int8),
@@ -153,6 +156,7 @@ CASES: dict[str, Case] = {
     "Table LeakyRelu": _table_of("LeakyRelu", 0.04, 10),
     **{f"TableExp {s:g}": _scored(TableExp(s)) for s in (2.0**-26, 1e-6, 2.0**-14, 3e-4, 0.05, 0.11, 1.0)},
     **{f"TableExp masked {s:g}": _scored(TableExp(s, masked=True)) for s in (1e-6, 3e-4, 0.11)},
+    **{f"TableExp masked near {s:g}": _scored(TableExp(s, masked=True, bound=2**28)) for s in (2.0**-24, 1e-6, 3e-4, 0.11)},
 }
 
 
