@@ -80,3 +80,13 @@ def widest_int32(kernel: Kernel, x: Array) -> dict[str, int]:
 
 def _as_int64(tensor: TensorProto) -> TensorProto:
     return onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor).astype(np.int64), tensor.name)
+
+
+def masked_keys_do_not_count(plain: Kernel, masked: Kernel, row: list[int], keep: Array) -> Array:
+    """Asserts that `masked` gives 0 where `keep` is not set, else what `plain` makes of the kept keys alone; what it gives."""
+    scores = np.array(row, np.int32)
+    got = masked.reference(scores[None], keep[None])[0]
+    assert not got[~keep].any()
+    if keep.any():
+        np.testing.assert_array_equal(got[keep], plain.reference(scores[keep][None])[0])
+    return got

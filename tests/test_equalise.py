@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from onnx import ModelProto
-from passes_helpers import check_pass, floats, ops, parse
+from passes_helpers import UNMEASURED, check_pass, floats, ops, parse
 
 from qcompile.context import Context, Settings
 from qcompile.graph import Array, Graph, Node
@@ -437,14 +437,7 @@ def test_extremes_that_no_single_tensor_rules() -> None:
     assert dict(Equalise().run(graph, context).skipped) == {"no extremes of each channel were kept": 1, streams_module.OUTPUT: 1}
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        pytest.param({"synthetic": True}, id="synthetic"),
-        pytest.param({"settings": Settings(effort="fast")}, id="fast"),
-        pytest.param({"samples": []}, id="no samples"),
-    ],
-)
+@pytest.mark.parametrize("change", UNMEASURED)
 def test_it_does_not_run(change: dict[str, object]) -> None:
     graph = Graph.from_proto(parse(f"{IMAGE} {{ p = Conv(x, a, b) r = Relu(p) y = Conv(r, v) }}", **COMMON))
     context = Context(calibration=images)

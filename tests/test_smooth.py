@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import ModelProto
-from passes_helpers import floats, ops, parse
+from passes_helpers import UNMEASURED, floats, ops, parse
 
 from qcompile.context import Context, Settings
 from qcompile.errors import PassError
@@ -266,14 +266,7 @@ def test_excluded_nodes_are_untouched(pattern: str, changed: int) -> None:
     assert ("Mul" in ops(_graph)) == (changed == 1), "the excluded node needs the unscaled tensor"
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        pytest.param({"synthetic": True}, id="synthetic"),
-        pytest.param({"settings": Settings(effort="fast")}, id="fast"),
-        pytest.param({"samples": []}, id="no samples"),
-    ],
-)
+@pytest.mark.parametrize("change", UNMEASURED)
 def test_it_does_not_run(change: dict[str, object]) -> None:
     graph, context = calibrated(normalised("y = Gemm(n, w)"), rows(20, K))
     for name, value in change.items():
