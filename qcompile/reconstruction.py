@@ -16,12 +16,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-from qcompile.compensation import mean_level
-from qcompile.runtime import Array
-
-FloatArray = npt.NDArray[np.float64]
+from qcompile.qparams import Array, FloatArray
+from qcompile.quadratic import damped, mean_level
 
 STRENGTHS = (0.1, 1.0, 10.0, 100.0)
 _TRIAL_STEPS = 5
@@ -75,7 +72,7 @@ class _Solver:
 
     def run(self, strength: float, start: FloatArray, bias: FloatArray, steps: int) -> tuple[FloatArray, FloatArray]:
         pull = strength * mean_level(self.moment)[:, None, None]
-        inverse = np.linalg.inv(self.moment + pull * np.eye(self.moment.shape[1]))
+        inverse = np.linalg.inv(damped(self.moment, strength))
         weight, across = start, np.swapaxes(self.centred, 1, 2)
         for _ in range(steps):
             r = self.rows.residual(weight, bias)

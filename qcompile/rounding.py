@@ -8,15 +8,12 @@ left to bias correction. Everything is float64 but the result.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from qcompile.qparams import PAIR_LIMIT, WEIGHT_MAX, round_pairs
-
-Array = npt.NDArray[Any]
-FloatArray = npt.NDArray[np.float64]
+from qcompile.qparams import PAIR_LIMIT, WEIGHT_MAX, Array, FloatArray, round_pairs
+from qcompile.quadratic import is_live, mean_level, quadratic_error
 
 #: The widest K: the moment, its inverse and factor take 3 * 8 * K^2 bytes, 0.9 GB here.
 WIDEST = 6144
@@ -49,13 +46,12 @@ def second_order_round(
     if by_column and pair_rule:
         raise ValueError("the pair rule needs one scale a channel")
     hessian = np.asarray(moment, np.float64)
-    diagonal = np.einsum("gkk->gk", hessian)
-    level = np.abs(diagonal).mean(axis=1)
-    if not (level > 0).any():
+    if not is_live(hessian):
         return start.astype(np.int8)
-    order = _order(diagonal, pair_rule)
+    level = mean_level(hessian)
+    order = _order(np.einsum("gkk->gk", hessian), pair_rule)
     hessian = np.take_along_axis(np.take_along_axis(hessian, order[:, :, None], 1), order[:, None, :], 2)
-    factor = _damped_factor(hessian, damping * np.maximum(level, 1e-30))
+    factor = _damped_factor(hessian, damping * level)
     unit = np.ones(steps.shape[:2]) if by_column else steps
     work = _by_column(matrix / unit[:, :, None], order)
     low, high = (np.full((1, width, 1), end) for end in (-top, top))
@@ -66,7 +62,7 @@ def second_order_round(
     rounded = np.swapaxes(_sweep(work, factor, pairs, grid), 1, 2)
     result = np.empty_like(rounded)
     np.put_along_axis(result, np.broadcast_to(order[:, None, :], rounded.shape), rounded, 2)
-    reached, before = (_error(matrix, steps, q, moment) for q in (result, start))
+    reached, before = (quadratic_error(matrix, steps, q, moment) for q in (result, start))
     return np.where((reached < before)[:, :, None], result, start).astype(np.int8)
 
 
@@ -161,9 +157,3 @@ def _limited(q: FloatArray, first: FloatArray) -> FloatArray:
     """Clip the second of a pair so that |first + second| <= the limit where both have one sign."""
     room = PAIR_LIMIT - np.abs(first)
     return np.where((q * first > 0) & (np.abs(q) > room), np.sign(q) * room, q)
-
-
-def _error(matrix: FloatArray, steps: FloatArray, q: Array, moment: Array) -> FloatArray:
-    """e H e^T of every channel, [groups, channels]."""
-    error = matrix - q.astype(np.float64) * (steps if steps.ndim == 3 else steps[:, :, None])
-    return np.asarray(np.einsum("gck,gck->gc", error @ np.asarray(moment, np.float64), error))
