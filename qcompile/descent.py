@@ -32,12 +32,11 @@ def descend(
     """Integers q [groups, channels, K], no channel worse than `start` on `moment` [groups, K, K]; shapes as there.
 
     Ends early where a sweep moves nothing. The moment is damped by its mean diagonal as for second-order rounding, so that
-    directions which the samples never showed are not free (0: it is already); limits are those of `start`: +-top and, if asked
-    for, the pair rule.
+    directions which the samples never showed are not free; limits are those of `start`: +-top and, if asked for, the pair rule.
     """
     if not is_live(moment):
         return start.astype(np.int8)
-    hessian = damped(moment, damping) if damping else np.asarray(moment, np.float64)
+    hessian = damped(moment, damping)
     matrix = np.ascontiguousarray(np.swapaxes(np.asarray(weight, np.float64), 1, 2))
     steps = np.asarray(scale, np.float64)[:, None, :]
     q = np.ascontiguousarray(np.swapaxes(start, 1, 2)).astype(np.float64)

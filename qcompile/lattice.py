@@ -44,7 +44,7 @@ def round_on_lattice(
 ) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
     """Integers [groups, channels, K] and scales [groups, channels] for `weight` of that shape and `moment` [groups, K, K].
 
-    scale: the scales to start from, float32; least: those that an accumulator needs at least, [groups, channels]. Everything is
+    scale: the scales to start from, float32; least: those that an accumulator needs at least, [groups, channels]. Candidates are
     judged on the damped moment, on which no channel is worse than round to nearest at the scale it started from.
     """
     best_scale = np.array(scale, np.float32)
@@ -61,9 +61,9 @@ def round_on_lattice(
             wanted = np.maximum(peak * factor, least)
             trial = grid_scales(wanted.reshape(-1), grid.input_scale, grid.output_scale).reshape(wanted.shape)
         start, q = nearest(weight, trial, grid.pair_rule, grid.top), rounding.round(weight, trial, top=grid.top)
-        gained = quadratic_error(weight, trial, q, judge) < quadratic_error(weight, trial, start, judge)
+        gained = quadratic_error(weight, trial, q, moment) < quadratic_error(weight, trial, start, moment)
         q = np.where(gained[:, :, None], q, start)
-        q = descend(weight, trial, judge, q, pair_rule=grid.pair_rule, damping=0.0, top=grid.top, sweeps=_SWEEPS)
+        q = descend(weight, trial, moment, q, pair_rule=grid.pair_rule, damping=grid.damping, top=grid.top, sweeps=_SWEEPS)
         error = quadratic_error(weight, trial, q, judge)
         better = error < best
         best_q[better], best_scale[better], best[better] = q[better], trial[better], error[better]

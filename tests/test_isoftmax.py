@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import feeds_of, model_of
-from kernel_models import masked_keys_do_not_count
+from kernel_models import feeds_of, masked_keys_do_not_count, model_of
 
 from qcompile.kernels import IExp, ISoftmax
 from qcompile.kernels._protocol import Array, Kernel
