@@ -73,6 +73,11 @@ class RatioRescale(Kernel):
         return "RatioRescale"
 
     @property
+    def least_opset(self) -> int:
+        """13."""
+        return 13
+
+    @property
     def output_scale(self) -> float:
         """1: one step of the output."""
         return 1.0

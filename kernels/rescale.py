@@ -29,7 +29,7 @@ import numpy as np
 from onnx import FunctionProto, helper
 
 from qcompile.dyadic import Int64, round_shift
-from qcompile.kernels._protocol import Array, Float64, Kernel, function, within
+from qcompile.kernels._protocol import OPSET, Array, Float64, Kernel, function, within
 from qcompile.kernels._saturate import rescale_function
 
 _MOST_NUMERATOR = (1 << 24) - 1
@@ -172,6 +172,11 @@ class DyadicRescale(Kernel):
     def name(self) -> str:
         """DyadicRescale, or DyadicRescaleWide where the product needs two limbs."""
         return "DyadicRescale" if max(self.c) + _REACH[self.dtype] <= _DIRECT_BITS else "DyadicRescaleWide"
+
+    @property
+    def least_opset(self) -> int:
+        """13; the wide form needs operators on bits."""
+        return 13 if self.name == "DyadicRescale" else OPSET
 
     @property
     def output_scale(self) -> float:
