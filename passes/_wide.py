@@ -72,7 +72,7 @@ class Wides:
     exponentials: dict[Tensor, Exponentials] = field(default_factory=dict)
     scaled: dict[Tensor, tuple[Wide, Array]] = field(
         default_factory=dict
-    )  # tensors times a number a channel, on the way to 8 bits
+    )  # on the way to 8 bits: times a number a channel
 
     def unit(self, tensor: Tensor) -> float | None:
         """The step that the plan gives `tensor`, as an operand of a sum; None where it is free."""
