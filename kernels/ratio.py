@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-from onnx import FunctionProto, helper
+from onnx import FunctionProto
 
-from qcompile.kernels._protocol import Array, Float64, Kernel, within
-from qcompile.kernels._saturate import rescale_function
+from qcompile.kernels._protocol import Array, Float64, within
+from qcompile.kernels._saturate import Rescale
 
 _MOST_DENOMINATOR = 1023
 _TYPES = ("int8", "uint8")
@@ -45,7 +45,7 @@ _BODY = """
 
 
 @dataclass(frozen=True)
-class RatioRescale(Kernel):
+class RatioRescale(Rescale):
     """y = saturate(round(x * p / q) + zero_point) of int32 `x`, to int8 or uint8."""
 
     p: int
@@ -64,7 +64,7 @@ class RatioRescale(Kernel):
         within("ratio rescale: q", self.q, 1, _MOST_DENOMINATOR, "a ratio is p/q with one odd q <= 1023")
         if self.q % 2 == 0:
             raise ValueError(f"ratio rescale: q {self.q} is even: ties would be rounded in more than one way")
-        limits = np.iinfo(self.dtype)
+        limits = self._limits
         within("ratio rescale: zero point", self.zero_point, limits.min, limits.max, "it must be a value of the output")
 
     @property
@@ -78,20 +78,8 @@ class RatioRescale(Kernel):
         return 13
 
     @property
-    def output_scale(self) -> float:
-        """1: one step of the output."""
-        return 1.0
-
-    @property
-    def output_zero_point(self) -> int:
-        """As given."""
-        return self.zero_point
-
-    def attributes(self) -> dict[str, int]:
-        """low and high of the output, and its type."""
-        limits = np.iinfo(self.dtype)
-        kind = helper.np_dtype_to_tensor_dtype(np.dtype(self.dtype))
-        return {"low": int(limits.min), "high": int(limits.max), "to": kind}
+    def _output(self) -> tuple[int, str]:
+        return self.zero_point, self.dtype
 
     def constants(self) -> dict[str, Array]:
         """p, q and the zero point."""
@@ -101,15 +89,15 @@ class RatioRescale(Kernel):
     def reference(self, *inputs: Array) -> Array:
         """The floor of (2xp + q) / 2q in int64: |2xp| < 2^51."""
         product = 2 * inputs[0].astype(np.int64) * min(self.p, 256 * self.q) + self.q
-        limits = np.iinfo(self.dtype)
+        limits = self._limits
         return np.clip(product // (2 * self.q) + self.zero_point, limits.min, limits.max).astype(self.dtype)
 
     def lower(self) -> FunctionProto:
         """The same function for all."""
-        return rescale_function(self, _BODY, "round(x * p / q) + zero, within the type, for odd q; in int32 alone")
+        return self._function(_BODY, "round(x * p / q) + zero, within the type, for odd q; in int32 alone")
 
     def oracle(self, *inputs: Array) -> Float64:
         """x * p / q, within the range of the output."""
-        limits = np.iinfo(self.dtype)
+        limits = self._limits
         real = inputs[0].astype(np.float64) * self.p / self.q
         return np.asarray(np.clip(real, limits.min - self.zero_point, limits.max - self.zero_point))

@@ -23,14 +23,14 @@ c = 0 is run as (2b, 1). The fused form is onnxruntime's QGemm with an empty pro
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from onnx import FunctionProto, helper
 
 from qcompile.dyadic import Int64, round_shift
-from qcompile.kernels._protocol import OPSET, Array, Float64, Kernel, function, within
-from qcompile.kernels._saturate import rescale_function
+from qcompile.kernels._protocol import OPSET, Array, Float64, function, within
+from qcompile.kernels._saturate import Rescale
 
 _MOST_NUMERATOR = (1 << 24) - 1
 _MOST_SHIFT = 31
@@ -134,7 +134,7 @@ _WIDE = """
 
 
 @dataclass(frozen=True)
-class DyadicRescale(Kernel):
+class DyadicRescale(Rescale):
     """y = saturate(round_half_even(x * b / 2^c) + zero_point) of int32 `x`, per tensor (one b and c) or per channel.
 
     b, c: one number or one a channel each. axis: of the channels, counted from the end (-1 is the last; -3 the channels of an
@@ -179,18 +179,8 @@ class DyadicRescale(Kernel):
         return 13 if self.name == "DyadicRescale" else OPSET
 
     @property
-    def output_scale(self) -> float:
-        """1: one step of the output."""
-        return 1.0
-
-    @property
-    def output_zero_point(self) -> int:
-        """As given."""
-        return self.zero_point
-
-    @property
-    def _limits(self) -> np.iinfo[Any]:
-        return np.iinfo(self.dtype)
+    def _output(self) -> tuple[int, str]:
+        return self.zero_point, self.dtype
 
     def _vector(self, numbers: tuple[int, ...] | Int64) -> Int64:
         """Numbers a channel in the shape that broadcasts along `axis`; 0-d where there is one."""
@@ -211,11 +201,6 @@ class DyadicRescale(Kernel):
         reach = np.left_shift(np.int64(1), c + _REACH[self.dtype])  # at most 2^62
         return np.asarray(np.minimum(-(-reach // b), 1 << 31))
 
-    def attributes(self) -> dict[str, int]:
-        """low and high of the output, and its type."""
-        low, high = int(self._limits.min), int(self._limits.max)
-        return {"low": low, "high": high, "to": helper.np_dtype_to_tensor_dtype(np.dtype(self.dtype))}
-
     def constants(self) -> dict[str, Array]:
         """b, c and the zero point; the limit L where it needs more than 32 bits to compute."""
         b, c = self._multiplier
@@ -234,7 +219,7 @@ class DyadicRescale(Kernel):
     def lower(self) -> FunctionProto:
         """The direct or the wide form."""
         body = _DIRECT if self.name == "DyadicRescale" else _WIDE
-        return rescale_function(self, body, "round_half_even(x * b / 2^c) + zero, within the type; in int32 and uint32 alone")
+        return self._function(body, "round_half_even(x * b / 2^c) + zero, within the type; in int32 and uint32 alone")
 
     def oracle(self, *inputs: Array) -> Float64:
         """acc * b / 2^c, within the range of the output. The product has at most 55 bits, so float64 adds 2^-53 relative."""
