@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from onnx import NodeProto, TensorProto, helper
 
@@ -23,8 +24,8 @@ def kernel_call(
     """Append `result = kernel(inputs)`. name: what its constants are called after; notes: the node's metadata."""
     declare_kernel(graph, kernel)
     constants = [graph.constant(f"{name}_{role}", values) for role, values in kernel.constants().items()]
-    node = graph.node(kernel.name, [*inputs, *constants], [result], domain=DOMAIN)
-    node.attrs.update({key: helper.make_attribute(key, value) for key, value in kernel.attributes().items()})
+    attributes: dict[str, Any] = dict(kernel.attributes())
+    node = graph.node(kernel.name, [*inputs, *constants], [result], domain=DOMAIN, **attributes)
     node.name = ""  # the metadata say whose arithmetic it is
     node.source = NodeProto()
     for key, value in {"source": name, **(notes or {})}.items():

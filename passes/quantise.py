@@ -20,6 +20,7 @@ from onnx import TensorProto, helper
 from qcompile.context import Context
 from qcompile.errors import ModelError
 from qcompile.graph import Graph, Node, Tensor, Value
+from qcompile.kernel_operands import kernel_operands
 from qcompile.placement import Placement, clip_bounds, data_inputs, place, pool_area, shares_scale
 from qcompile.plan import AddSite, ClampSite, LinearSite, Plan, PoolSite, ScaleClass
 from qcompile.qparams import activation_params
@@ -76,6 +77,7 @@ class _Inserter:
         self._fold()
         self._group()
         graph, placement = self.graph, self.placement
+        operands = list(kernel_operands(graph, self.context.settings))
         for value in list(graph.inputs):
             if value in placement.quantised:
                 self._quantise_float(value)
@@ -90,6 +92,8 @@ class _Inserter:
             for output in node.outputs:
                 if output in placement.quantised:
                     self._quantise_float(output)
+        for node, index in operands:
+            node.inputs[index] = self._read(node.inputs[index])
         self._shield()
         graph.cleanup()
         graph.sort()

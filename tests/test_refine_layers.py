@@ -194,7 +194,7 @@ def test_poor_calibration_works_at_four_bits(case: str, effort: str) -> None:
 
 
 def half_dead(seed: int, width: int = 16) -> ModelProto:
-    """Gemms whose negative biases leave most outputs at 0 behind the Relu: errors there cost nothing, which `best` alone knows."""
+    """Gemms whose negative biases leave most outputs at 0 behind the Relu: errors there are free, which `best` alone knows."""
     draw = np.random.default_rng(seed)
     weights = {
         f"w{i}": (draw.normal(size=(rows, columns)) / np.sqrt(rows)).astype(np.float32)
