@@ -76,6 +76,7 @@ class LowerWide:
             report.rewrites += 1
             if note is not None:
                 report.refuse(node.label, note)
+        _shapes_of_integers(wides)
         _leave(wides)
         graph.cleanup()
         graph.sort()
@@ -173,6 +174,23 @@ def _raise_quantiser(graph: Graph, node: Node) -> None:
         node.inputs[0], mover.inputs[0] = before, integers
         node.outputs[0], mover.outputs[0] = integers, result
         source = before
+
+
+def _shapes_of_integers(wides: Wides) -> None:
+    """Let Shape read integers where they have the shape of the float tensor that it asked."""
+    for node in wides.graph.nodes:
+        if not is_op(node, "Shape", "Size"):
+            continue
+        source = node.inputs[0]
+        producer = source.producer
+        if source in wides.of:
+            node.inputs[0] = wides.of[source].integers
+        elif producer is not None and producer.op == "DequantizeLinear":
+            node.inputs[0] = producer.inputs[0]
+        else:
+            quantised = [n.outputs[0] for n in source.consumers if is_op(n, "QuantizeLinear")]
+            if quantised:
+                node.inputs[0] = quantised[0]
 
 
 def _leave(wides: Wides) -> None:
