@@ -8,33 +8,23 @@ import numpy as np
 from onnx import TensorProto
 
 from qcompile.graph import Node, Tensor, Value
-from qcompile.kernels._functions import FUNCTIONS, Function, named
+from qcompile.kernels._functions import Function
 from qcompile.kernels.igelu import IGelu
 from qcompile.kernels.table import Table
+from qcompile.passes._functions_of import function_of
 from qcompile.passes._kernel_call import kernel_call
 from qcompile.passes._wide import Narrow, Refusal, Wide, Wides
 
 _TYPES: dict[int, type[np.uint8] | type[np.int8]] = {TensorProto.UINT8: np.uint8, TensorProto.INT8: np.int8}
-#: Attributes of ONNX operators that their functions take, with ONNX's defaults where those are not the functions' own.
-_ATTRIBUTES = {"Elu": ("alpha",), "HardSigmoid": ("alpha", "beta"), "LeakyRelu": ("alpha",)}
-_NAMES = {"Swish": "Silu"}
 _BITS = 15
-
-
-def function_of(node: Node) -> Function:
-    """The float64 function that `node` computes. Raises Refusal where there is none."""
-    name = _NAMES.get(node.op, node.op)
-    if node.op == "Gelu" and node.attr("approximate", "none") == "tanh":
-        name = "GeluTanh"
-    if name not in FUNCTIONS or (node.op == "Swish" and node.attr("alpha", 1.0) != 1.0):
-        raise Refusal("no table is made of this function")
-    given = {key: float(node.attr(key)) for key in _ATTRIBUTES.get(node.op, ()) if node.attr(key) is not None}
-    return named(name, **given)
 
 
 def tabulated(wides: Wides, node: Node) -> str | None:
     """A function of a dequantised tensor. Returns what is worth a note in the report, None as a rule."""
-    return by_table(wides, node, node.inputs[0], function_of(node))
+    f = function_of(node)
+    if f is None:
+        raise Refusal("no table is made of this function")
+    return by_table(wides, node, node.inputs[0], f)
 
 
 def by_table(wides: Wides, node: Node, source: Tensor, f: Function) -> str | None:
