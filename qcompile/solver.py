@@ -22,14 +22,17 @@ _ODD = 255
 _LARGEST_ODD = 1023
 _ENOUGH = 64  # p at or above this: the scale is at most 0.8 % from the calibrated one
 _SEARCHED = 4096  # neighbouring b that are tried for a pool
-_LARGEST_RATIO = 15  # p/q below 16 keeps the dyadic shadow b = round(2^20 p/q) below 2^24
+LARGEST_RATIO = 15  # p/q below 16 keeps the dyadic shadow b = round(2^20 p/q) below 2^24
 
 
-def solve(plan: Plan, kind: ActivationType) -> None:
-    """Set scale and zero_point of every class of `plan`, in place."""
+def solve(plan: Plan, kind: ActivationType, *, close: bool = False) -> None:
+    """Set scale and zero_point of every class of `plan`, in place.
+
+    close: stay as near to the present ranges as any q allows (an imported model's weights were made for its scales).
+    """
     shared: list[set[ScaleClass]] = []
     while True:
-        scales = _try(plan, kind, shared)
+        scales = _try(plan, kind, shared, close)
         if isinstance(scales, dict):
             break
         shared.append(_component(plan.adds, scales))
@@ -41,7 +44,9 @@ def solve(plan: Plan, kind: ActivationType) -> None:
         pool.result.zero_point = _zero_point(pool.result, kind)
 
 
-def _try(plan: Plan, kind: ActivationType, shared: Sequence[set[ScaleClass]]) -> dict[ScaleClass, np.float32] | AddSite:
+def _try(
+    plan: Plan, kind: ActivationType, shared: Sequence[set[ScaleClass]], close: bool
+) -> dict[ScaleClass, np.float32] | AddSite:
     """All scales, or the Add whose ratios no odd q gives."""
     scales: dict[ScaleClass, np.float32] = {}
     for group in shared:
@@ -53,10 +58,11 @@ def _try(plan: Plan, kind: ActivationType, shared: Sequence[set[ScaleClass]]) ->
         known = [float(scales[o]) / float(result) for o in operands if o in scales]
         free = [o for o in operands if o not in scales]
         wanted = [float(_desired(o, kind)) / float(result) for o in free]
-        if any(r > _LARGEST_RATIO for r in wanted):
+        if any(r > LARGEST_RATIO for r in wanted):
             # An operand 15 times coarser than the sum: the sum's range was clipped away; widen it by sharing.
             return add
-        for q in _odds(known, wanted):
+        odds = _odds(known, wanted)
+        for q in _closest(known, wanted, odds) if close and wanted else odds:
             trial = {o: _on_ratio(result, r * q, q, o) for o, r in zip(free, wanted, strict=True)}
             left, right = (trial.get(o, scales.get(o)) for o in (add.left, add.right))
             if sum_ratio(left, right, result) is not None:
@@ -79,12 +85,11 @@ def _on_ratio(result: np.float32, p: float, q: int, operand: ScaleClass) -> np.f
 def _odds(known: Sequence[float], wanted: Sequence[float]) -> list[int]:
     """Odd q <= 1023 that all `known` ratios are multiples of 1/q for, the best first: fine enough for the `wanted` ones."""
     least = min(wanted, default=1.0)
-    # The finest q at which nine float32 roundings of a sum stay below 1/(2q) (see `dyadic.tie_free_ratio`), with some room.
-    finest = int(0.9 * 2.0**23 / (1785 * (sum(known) + sum(wanted)) + 768))
+    finest = _finest([*known, *wanted])
     if not known:
         start = min(_ODD if least * _ODD >= _ENOUGH else _LARGEST_ODD, finest)
         return [q for q in (start - 1 + start % 2, 63, 15, 3) if 1 <= q <= start]
-    if max(known) > _LARGEST_RATIO:
+    if max(known) > LARGEST_RATIO:
         return []
     odds = np.arange(1, _LARGEST_ODD + 1, 2, dtype=np.int64)
     ratio = np.asarray(known)[:, None] * odds
@@ -93,6 +98,19 @@ def _odds(known: Sequence[float], wanted: Sequence[float]) -> list[int]:
     fits = odds[((error <= 2 * 2.0**-24 * ratio) & (np.rint(ratio) >= 1)).all(axis=0)]
     good = [int(q) for q in fits if (not wanted or least * q >= _ENOUGH) and q <= finest]
     return good + [int(q) for q in fits[::-1] if int(q) not in good]
+
+
+def _closest(known: Sequence[float], wanted: Sequence[float], odds: Sequence[int]) -> list[int]:
+    """The q that move the `wanted` ratios least, first; among `odds` where `known` ratios leave no others."""
+    candidates = list(odds) if known else list(range(3, min(_LARGEST_ODD, _finest(wanted)) + 1, 2)) or list(odds)
+    ratio = np.asarray(wanted)[:, None] * np.asarray(candidates)
+    moved = np.abs(np.maximum(np.rint(ratio), 1) / ratio - 1).max(axis=0, initial=0.0)
+    return [candidates[i] for i in np.argsort(moved, kind="stable")]
+
+
+def _finest(ratios: Sequence[float]) -> int:
+    """The finest q at which nine float32 roundings of a sum stay below 1/(2q) (see `dyadic.tie_free_ratio`), with some room."""
+    return int(0.9 * 2.0**23 / (1785 * sum(ratios) + 768))
 
 
 def _component(adds: Sequence[AddSite], start: AddSite) -> set[ScaleClass]:
