@@ -75,14 +75,12 @@ def _constants(graph: Graph) -> None:
     for node in list(graph.nodes):
         if not is_dequantise(node):
             continue
-        table, found = node.constant(0), read(node)
-        output = node.outputs[0]
-        looks_up = [is_op(n, "Gather") and n.inputs[0] is output and isinstance(n.inputs[1], Value) for n in output.consumers]
-        if table is not None and found.per_tensor and looks_up and all(looks_up) and not graph.is_pinned(output):
-            _behind_gather(graph, node, table, output.consumers)
-            continue
-        integers = stored_integers(output)
+        integers, output, table = stored_integers(node.outputs[0]), node.outputs[0], node.constant(0)
         if integers is None:
+            continue
+        looks_up = [is_op(n, "Gather") and n.inputs[0] is output and isinstance(n.inputs[1], Value) for n in output.consumers]
+        if table is not None and integers.scale.size == 1 and looks_up and all(looks_up) and not graph.is_pinned(output):
+            _behind_gather(graph, node, table, output.consumers)
             continue
         graph.bypass(node, graph.constant(output.name + "_float", integers.floats()))
     graph.cleanup()
@@ -131,10 +129,8 @@ class _Lift:
     def _quantise(self, node: Node) -> None:
         found, output = read(node), node.outputs[0]
         if not found.per_tensor:
-            kind = "in blocks" if found.block else "one scale a channel"
-            raise ModelError(
-                f"node '{node.label}': activations with {kind} are not imported; quantise them with one scale a tensor"
-            )
+            kind = "quantised in blocks" if found.block else "with one scale a channel"
+            raise ModelError(f"node '{node.label}': activations {kind} are not imported; quantise them with one scale a tensor")
         if isinstance(node.inputs[0], Const):
             raise ModelError(f"node '{node.label}': integers of a constant are read in a way that is not imported")
         source = node.inputs[0]
@@ -199,9 +195,9 @@ class _Lift:
         given = any(v is source for v in self.graph.inputs) or (gather is not None and isinstance(gather.inputs[0], Const))
         if not given:
             raise ModelError(f"node '{node.label}': dequantises integers that are computed in a way that is not imported")
-        if found.elem_type not in EIGHT_BIT or not found.per_tensor or self.graph.is_pinned(output):
+        readers = [n for n in output.consumers if not is_quantise(n)]  # those say themselves what they round to
+        if found.elem_type not in EIGHT_BIT or not found.per_tensor or self.graph.is_pinned(output) or not readers:
             return
-        readers = output.consumers
         mark = found.mark()
         value = self._clip(output, mark.bounds, f"{output.name}_marked")
         assert value.producer is not None
