@@ -108,6 +108,7 @@ _IMPORTED: tuple[Pass, ...] = (
     RoundImported(),
     RoundWeights(),  # what a pass made: averages as convolutions
     IntegerBias(),
+    CorrectMeans(),
     CancelQdq(),
     Diagnose(),
     SumResiduals(),

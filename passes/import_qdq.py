@@ -30,7 +30,7 @@ from qcompile.passes._match import is_op, producer_of
 from qcompile.placement import data_inputs
 from qcompile.rewrite import Lossy, Promise, Report
 
-_SAMPLES = 16  # for the diagnosis
+_SAMPLES = 32  # for bias correction and the diagnosis
 _MOVES = {
     "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Slice", "Gather", "DepthToSpace", "SpaceToDepth", "Expand",
     "Tile", "Identity", "MaxPool", "Pad", "Resize", "Concat", "Split",
@@ -53,7 +53,7 @@ class ImportQdq:
         graph.sort()
         graph.infer_shapes()
         context.imported = imported = Imported()
-        if context.diagnose:
+        if context.diagnose or not context.synthetic:
             context.samples = [dict(feeds) for feeds in islice(context.calibration(), _SAMPLES)]
         before = sum(is_quantise(n) or is_dequantise(n) for n in graph.nodes)
         remember_weights(graph, imported)

@@ -58,6 +58,7 @@ class _Data:
     evaluation: Dataset | None
     warnings: tuple[str, ...]
     real: bool = True  # `calibration` is what the user gave
+    learn: bool = True  # and may change the output
 
 
 def compile_model(
@@ -212,7 +213,7 @@ class _Compiler:
         context = Context(settings, calibration=lambda: (s.feeds for s in given.calibration))
         context.ranges = {} if ranges is None else ranges
         context.diagnose = self.diagnose
-        context.synthetic = given.kind == "synthetic"
+        context.synthetic = given.kind == "synthetic" or (given.kind == "imported" and not given.learn)
         context.progress = _stages(self.progress, given)
         feeds = [s.feeds for s in islice(given.calibration, 1 if settings.effort == "fast" else _CHECK_FEEDS)]
         steps = passes_for(given.kind if settings.weight_only is None else "weight_only")
@@ -274,10 +275,10 @@ def _open_data(
     calibration, evaluation = opened(data, samples), opened(eval_data, None)
     if calibration is not None:
         return _Data(calibration, "imported" if loaded.quantised else "real", evaluation, ())
-    if loaded.quantised and evaluation is not None:  # an import learns nothing from its samples: they serve checks alone
-        return _Data(evaluation, "imported", evaluation, ())
+    if loaded.quantised and evaluation is not None:  # for checks alone
+        return _Data(evaluation, "imported", evaluation, (), learn=False)
     made_up = make_up_for_import(graph, inputs, settings) if loaded.quantised else make_up(graph, inputs, settings)
-    return _Data(made_up.dataset, made_up.kind, evaluation, made_up.warnings, real=False)
+    return _Data(made_up.dataset, made_up.kind, evaluation, made_up.warnings, real=False, learn=False)
 
 
 def _check_excluded(graph: Graph, settings: Settings) -> None:

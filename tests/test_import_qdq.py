@@ -188,11 +188,22 @@ def test_the_pipeline_reports_and_prints_an_import(tmp_path: Path) -> None:
     assert any("made-up inputs" in w for w in found["warnings"])
 
 
-def test_data_changes_no_byte_of_an_import(tmp_path: Path) -> None:
+def test_evaluation_samples_change_no_byte_of_an_import(tmp_path: Path) -> None:
     model, _ = net()
     np.savez(tmp_path / "d.npz", x=np.concatenate([s["x"] for s in samples()]))
     plain = compiled(model, tmp_path).path.read_bytes()
-    assert compiled(model, tmp_path, eval_data=str(tmp_path / "d.npz")).path.read_bytes() == plain
+    assert compiled(model, tmp_path, eval_data=str(tmp_path / "d.npz"), diagnose=True).path.read_bytes() == plain
+
+
+def test_data_move_biases_and_nothing_else_of_an_import(tmp_path: Path) -> None:
+    model, _ = net()
+    np.savez(tmp_path / "d.npz", x=np.concatenate([s["x"] for s in samples()]))
+    files = [compiled(model, tmp_path).path.read_bytes()]
+    files.append(compiled(model, tmp_path, data=str(tmp_path / "d.npz")).path.read_bytes())
+    one, other = ({t.name: t for t in onnx.load_from_string(f).graph.initializer} for f in files)
+    moved = {name for name, tensor in one.items() if tensor != other[name]}
+    assert moved
+    assert {one[name].data_type for name in moved} == {onnx.TensorProto.INT32}
 
 
 def test_a_limit_on_the_loss_is_kept_or_breaks(tmp_path: Path) -> None:
