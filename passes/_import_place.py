@@ -3,8 +3,8 @@
 `import_qdq` left a Clip for each pair, here called its marker. In topological order each marker becomes one of these:
 
 1. its tensor comes out of an integer kernel (a Conv or Gemm with weights of the source, an Add of two quantised tensors, a
-   GlobalAveragePool of one; Relu and Clip between fold into the range): the kernel writes these integers, the marker goes. An Add
-   with an operand more than 15 times as coarse as the sum (a mask) stays float;
+   GlobalAveragePool of one, a MatMul or Mul of two; Relu and Clip between fold into the range): the kernel writes these integers,
+   the marker goes. An Add with an operand more than 15 times as coarse as the sum (a mask) stays float;
 2. its tensor is moved integers already (MaxPool, Reshape ... of a quantised tensor): it keeps the scale that they have, so that
    nothing is rescaled; where the marker cuts off part of that range, its Clip stays and works on the integers;
 3. data movement between a kernel and the marker is done on the marker's integers;
@@ -68,7 +68,7 @@ class _Placer:
         placement.linears.sort(key=order.__getitem__)
         linears = set(placement.linears)
         for node in graph.nodes:
-            reason = "" if node in linears else self._why_float(node)
+            reason = "" if node in linears or node in placement.integer else self._why_float(node)
             if reason is None:
                 reason = "its output is not quantised in the source, or is read without that too"
             if reason:
@@ -180,6 +180,8 @@ class _Placer:
             return known and all(float(self._mark_of(t).scale) <= LARGEST_RATIO * float(mark.scale) for t in node.inputs)
         if node.op == "GlobalAveragePool":
             return pool_area(node) is not None and self._known(node.inputs[0])
+        if is_product(node):
+            return all(self._known(t) for t in node.inputs)
         return node.op in ("Conv", "Gemm") and self._why_float(node) is None
 
     def _commit(self, tensor: Tensor, mark: Mark) -> None:
@@ -220,6 +222,11 @@ class _Placer:
         if node.name in self.imported.float_weights:
             return "its weights are float in the source"
         return None if self._known(node.inputs[0]) else "its input is not quantised in the source"
+
+
+def is_product(node: Node) -> bool:
+    """Whether `node` is a MatMul or Mul of two activations."""
+    return node.op in ("MatMul", "Mul") and node.domain in ("", "ai.onnx") and all(isinstance(t, Value) for t in node.inputs)
 
 
 def _never_negative(tensor: Tensor) -> bool:

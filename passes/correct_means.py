@@ -4,7 +4,7 @@
 
 E[x] is known in closed form where x comes from BatchNormalizations through Relu, Clip and Add (`qcompile.expected`), else it is
 the mean over the synthetic inputs. The shift that rounded activations add is left alone: synthetic inputs would mismeasure it.
-With data this is the business of `refine_layers`; an imported model, whose scales and integers are given, comes here with its data.
+With data this is the business of `refine_layers`; an imported model, whose integers are given, comes here with its data.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class CorrectMeans:
         """Rewrites: one a layer whose bias moved. Needs int32 biases and `context.samples`; runs once."""
         report = Report()
         plan, original = context.plan, context.float_graph
-        fires = context.synthetic is (context.imported is None) and context.settings.bias_correction
-        if not fires or plan is None or original is None or plan.refined:
+        fires = context.synthetic if context.imported is None else bool(context.samples) and not context.synthetic
+        if not fires or not context.settings.bias_correction or plan is None or original is None or plan.refined:
             return report
         plan.refined = True
         expected = expected_values(original, context.batch_norms)

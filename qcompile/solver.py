@@ -3,7 +3,8 @@
 An Add wants Sa/Sc = pa/q and Sb/Sc = pb/q with one odd q: the sum (a*pa + b*pb)/q is then never halfway between integers, and
 every machine rounds it alike. Scales are solved from the last Add back to the first; each operand takes the p nearest to its
 calibrated scale. Where Adds meet again in a cycle that no q closes, the whole component shares one scale. A pool's result
-follows its source: fl(Sx / fl(Sy * area)) = b / 2^16. A linear node asks nothing: its weights' scales give way.
+follows its source: fl(Sx / fl(Sy * area)) = b / 2^16; a product's of two activations its operands: fl(fl(Sa * Sb) / Sc) is
+b / 2^16 for MatMul, p / q with q odd for Mul. A linear node asks nothing: its weights' scales give way.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from itertools import chain
 
 import numpy as np
 
-from qcompile.dyadic import MAX_NUMERATOR, sum_ratio
-from qcompile.plan import AddSite, Plan, PoolSite, ScaleClass
+from qcompile.dyadic import MAX_NUMERATOR, product_ratio, sum_ratio
+from qcompile.plan import AddSite, Plan, PoolSite, ProductSite, ScaleClass
 from qcompile.qparams import SHIFT, ActivationType, activation_params
 
 _ODD = 255
@@ -42,6 +43,9 @@ def solve(plan: Plan, kind: ActivationType, *, close: bool = False) -> None:
     for pool in plan.pools:  # in graph order: a pool may feed another
         pool.result.scale = _pool_scale(pool, kind)
         pool.result.zero_point = _zero_point(pool.result, kind)
+    for product in plan.products:
+        product.result.scale = _product_scale(product, kind)
+        product.result.zero_point = _zero_point(product.result, kind)
 
 
 def _try(
@@ -166,3 +170,34 @@ def _pool_scale(pool: PoolSite, kind: ActivationType) -> np.float32:
     raise ValueError(
         f"pool '{pool.node.label}': no float32 output scale is dyadic for input scale {source} over {area} positions"
     )
+
+
+def _product_scale(product: ProductSite, kind: ActivationType) -> np.float32:
+    """Sc nearest to the present one with fl(fl(Sa * Sb) / Sc) exactly b / 2^16 (MatMul), or p / q with an odd q (Mul)."""
+    both = product.left.scale * product.right.scale
+    wanted = float(_desired(product.result, kind))
+    if product.node.op == "Mul":
+        return _odd_product(product, float(both) / wanted)
+    nearest = min(max(1, round(float(both) / wanted * 2.0**SHIFT)), MAX_NUMERATOR - 1)
+    for offset in chain([0], *((-d, d) for d in range(1, _SEARCHED))):
+        b = nearest + offset
+        if not 1 <= b < MAX_NUMERATOR:
+            continue
+        target = np.float32(b / 2.0**SHIFT)
+        middle: np.float32 = np.float32(float(both) * 2.0**SHIFT / b)
+        for candidate in (middle, np.nextafter(middle, np.float32(np.inf)), np.nextafter(middle, np.float32(0))):
+            if both / candidate == target:
+                return candidate
+    raise ValueError(f"product '{product.node.label}': no float32 output scale is dyadic for the product of scales {both}")
+
+
+def _odd_product(product: ProductSite, wanted: float) -> np.float32:
+    """The scale of a Mul's result whose ratio p / q is nearest to `wanted`, as `dyadic.product_ratio` accepts it."""
+    left, right = product.left.scale, product.right.scale
+    odds = np.arange(1, _LARGEST_ODD + 1, 2)
+    wholes = np.maximum(np.rint(wanted * odds), 1)
+    for index in np.argsort(np.abs(wholes / odds / wanted - 1), kind="stable"):
+        scale: np.float32 = np.float32(float(left) * float(right) * odds[index] / wholes[index])
+        if product_ratio(left, right, scale) is not None:
+            return scale
+    raise ValueError(f"product '{product.node.label}': no float32 output scale is free of ties for scales {left} and {right}")

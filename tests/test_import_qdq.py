@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,17 @@ from passes_helpers import parse
 from runtime_marks import needs_conv_integer
 from test_exactness import assert_exact
 
+from qcompile.audit import audit
 from qcompile.certificate import certify
 from qcompile.context import Context, Settings
 from qcompile.errors import InputError, LimitError, ModelError
 from qcompile.graph import Array, Graph, Node
 from qcompile.imported import Imported
+from qcompile.interpret import Interpreter
 from qcompile.passes import passes_for
 from qcompile.passes.lower_qoperator import LowerQOperator
 from qcompile.pipeline import Compiled, compile_model
-from qcompile.runtime import Session
+from qcompile.runtime import Optimisation, Session
 
 SPELLINGS: dict[str, dict[str, Any]] = {
     "u8s8": {},
@@ -76,8 +79,7 @@ def sqnr(wanted: Array, got: Array) -> float:
     return float("inf") if noise == 0 else 10 * np.log10(float(np.square(wanted.astype(np.float64)).sum()) / noise)
 
 
-@pytest.mark.parametrize("target", ["any", "vnni"])
-@pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.parametrize(("spelling", "target"), [*((s, "any") for s in SPELLINGS), ("u8s8", "vnni")])
 def test_all_formats_and_the_interpreter_agree_bit_for_bit(spelling: str, target: str) -> None:
     model, _ = net(**SPELLINGS[spelling])
     graph, context = imported(model, target=target)
@@ -355,6 +357,58 @@ def test_average_pools_are_exact_convolutions_of_the_importer() -> None:
     graph, context = imported(model, target="vnni")
     assert state(context).changed == {"weights that a pass made, not the source": 1}
     close_to_source(model, graph, 0.05, (1, 1, 6, 6))
+
+
+PRODUCT = QX + QW + "p = MatMul(b, w) q = QuantizeLinear(p, s, z) r = DequantizeLinear(q, s, z) "
+
+
+@pytest.mark.parametrize("op", ["MatMul", "Mul"])
+def test_products_of_two_activations_are_exact(op: str) -> None:
+    body = PRODUCT + f"u = Transpose <perm = [1, 0]> (r) k = {op}(r, {'u' if op == 'MatMul' else 'b'}) "
+    body += "l = QuantizeLinear(k, s, z) y = DequantizeLinear(l, s, z)"
+    ends = "float[2, 4] x) => (float[2, 2] y" if op == "MatMul" else "float[2, 4] x) => (float[2, 4] y"
+    model = text(body, ends=ends)
+    graph, context = imported(model, target="vnni")
+    assert context.plan is not None
+    (site,) = context.plan.products
+    multiplier = Fraction(float(np.float32(np.float32(site.left.scale * site.right.scale) / site.result.scale)))
+    if op == "MatMul":
+        assert (multiplier * 2**16).denominator == 1
+    else:
+        near = multiplier.limit_denominator(1023)
+        assert near.denominator % 2 == 1
+        assert abs(near / multiplier - 1) < Fraction(1, 2**22)
+    qdq = graph.to_proto()
+    context.settings = dataclasses.replace(context.settings, format="qoperator")
+    LowerQOperator().run(graph, context)
+    assert only(graph, f"QLinear{op}")
+    session, source = Session(graph.to_proto(), optimisation=Optimisation.OFF), Session(model)
+    random = np.random.default_rng(1)
+    for _ in range(20):
+        feeds = {"x": random.normal(size=(2, 4)).astype(np.float32)}
+        results = [s.run(feeds)["y"] for s in (Session(qdq), session, Interpreter(qdq))]
+        np.testing.assert_array_equal(results[0], results[1])
+        np.testing.assert_array_equal(results[0], results[2])
+        np.testing.assert_allclose(results[0], source.run(feeds)["y"], rtol=0, atol=0.06)
+
+
+def test_a_product_whose_scale_a_sum_decides_is_computed_in_float() -> None:
+    body = PRODUCT + "k = Mul(r, b) l = QuantizeLinear(k, s, z) g = DequantizeLinear(l, s, z) h = Add(g, r) "
+    body += "i = QuantizeLinear(h, s, z) y = DequantizeLinear(i, s, z)"
+    model = text(body)
+    graph, context = imported(model, target="vnni")
+    assert state(context).changed == {"products of two activations computed in float: their scale is tied to a sum": 1}
+    assert only(graph, "Sum").inputs[0].producer is only(graph, "Mul")
+    close_to_source(model, graph, 0.5)  # one step of r times the largest b
+
+
+@pytest.mark.parametrize("op", ["Sigmoid", "Softmax", "LeakyRelu"])
+def test_operators_without_an_exact_kernel_do_not_fuse(op: str) -> None:
+    model = text(PRODUCT + f"k = {op}(r) l = QuantizeLinear(k, m, o) y = DequantizeLinear(l, m, o)")
+    graph, _ = imported(model, target="vnni")
+    assert only(graph, "Sum").inputs[0].producer is only(graph, op)
+    assert op in audit(graph.to_proto()).float_ops
+    close_to_source(model, graph, 0.06)  # a step of r, and the last one
 
 
 def test_tables_of_integers_keep_their_form() -> None:
