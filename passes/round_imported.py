@@ -58,15 +58,18 @@ class RoundImported:
         report, imported, plan = Report(), context.imported, context.plan
         if imported is None or plan is None:
             return report
+        made = 0
         for site in plan.linears:
             if site.weight_scale is not None:
                 continue
             stored = imported.weights.get(site.node.name)
             if stored is None:
-                imported.changed[_MADE] += 1
+                made += 1
                 continue
             _round(graph, context, imported, site, stored)
             report.rewrites += 1
+        if made:
+            imported.changed[_MADE] = made  # the same again where the pass runs again
         if report.rewrites:
             _count_scales(context, imported)
         graph.cleanup()

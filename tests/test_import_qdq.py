@@ -536,3 +536,43 @@ def test_what_cannot_be_imported_is_refused_by_name(case: str) -> None:
     body, constants, message = REFUSED[case]
     with pytest.raises(ModelError, match=message):
         imported(text(body, constants))
+
+
+# ---- real models ----
+ZOO = Path(__file__).resolve().parents[2] / "shared" / "zoo"
+
+
+@pytest.mark.zoo
+@pytest.mark.skipif(not ZOO.is_dir(), reason=f"{ZOO} is absent: no real models")
+@pytest.mark.parametrize("signed", [False, True], ids=["u8s8", "s8s8"])
+def test_onnxruntimes_own_resnet20_is_imported(signed: bool, tmp_path: Path) -> None:
+    feeds = [{"input": x} for x in np.random.default_rng(0).normal(size=(8, 1, 3, 32, 32)).astype(np.float32)]
+    source = quantised_by_onnxruntime(ZOO / "resnet20_cifar10" / "model.onnx", tmp_path / "source.onnx", feeds, signed)
+    wanted = np.concatenate([source.run(f)["output"] for f in feeds])
+    results = []
+    for form in ("qdq", "qoperator"):
+        found = compile_model(tmp_path / "source.onnx", tmp_path / f"{form}.onnx", format=form, target="vnni", latency=False)
+        report = found.report["imported"]
+        assert report["channels"]["kept"] > 0.4 * report["channels"]["rounded"]
+        assert not report["left_float"]
+        session = Session(found.path)
+        results.append(np.concatenate([session.run(f)["output"] for f in feeds]))
+    np.testing.assert_array_equal(results[0], results[1])
+    assert sqnr(wanted, results[0]) > 22
+
+
+def quantised_by_onnxruntime(model: Path, path: Path, feeds: list[dict[str, Array]], signed: bool) -> Session:
+    from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
+
+    class Reader(CalibrationDataReader):  # type: ignore[misc]
+        rows = iter(feeds)
+
+        def get_next(self) -> Any:
+            return next(self.rows, None)
+
+    activation = QuantType.QInt8 if signed else QuantType.QUInt8
+    options = {"ActivationSymmetric": signed}
+    quantize_static(
+        model, path, Reader(), per_channel=True, activation_type=activation, weight_type=QuantType.QInt8, extra_options=options
+    )
+    return Session(path)
