@@ -548,7 +548,7 @@ ZOO = Path(__file__).resolve().parents[2] / "shared" / "zoo"
 def test_onnxruntimes_own_resnet20_is_imported(signed: bool, tmp_path: Path) -> None:
     feeds = [{"input": x} for x in np.random.default_rng(0).normal(size=(8, 1, 3, 32, 32)).astype(np.float32)]
     source = quantised_by_onnxruntime(ZOO / "resnet20_cifar10" / "model.onnx", tmp_path / "source.onnx", feeds, signed)
-    wanted = np.concatenate([source.run(f)["output"] for f in feeds])
+    wanted = np.concatenate([source.run(f)["logits"] for f in feeds])
     results = []
     for form in ("qdq", "qoperator"):
         found = compile_model(tmp_path / "source.onnx", tmp_path / f"{form}.onnx", format=form, target="vnni", latency=False)
@@ -556,7 +556,7 @@ def test_onnxruntimes_own_resnet20_is_imported(signed: bool, tmp_path: Path) -> 
         assert report["channels"]["kept"] > 0.4 * report["channels"]["rounded"]
         assert not report["left_float"]
         session = Session(found.path)
-        results.append(np.concatenate([session.run(f)["output"] for f in feeds]))
+        results.append(np.concatenate([session.run(f)["logits"] for f in feeds]))
     np.testing.assert_array_equal(results[0], results[1])
     assert sqnr(wanted, results[0]) > 22
 
