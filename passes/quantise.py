@@ -12,6 +12,7 @@ Refused, with the reason counted: see `placement.linear_refusal`; a graph withou
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,6 +21,7 @@ from onnx import TensorProto, helper
 from qcompile.context import Context
 from qcompile.errors import ModelError
 from qcompile.graph import Graph, Node, Tensor, Value
+from qcompile.kernel_operands import kernel_operands
 from qcompile.placement import Placement, clip_bounds, data_inputs, place, pool_area, shares_scale
 from qcompile.plan import AddSite, ClampSite, LinearSite, Plan, PoolSite, ScaleClass
 from qcompile.qparams import activation_params
@@ -79,6 +81,7 @@ class Inserter:
         self._fold()
         self._group()
         graph, placement = self.graph, self.placement
+        operands = list(self._operands())
         for value in list(graph.inputs):
             if value in placement.quantised:
                 self._quantise_float(value)
@@ -90,10 +93,16 @@ class Inserter:
                 self._compute(node, linear=node in linears)
             else:
                 self._leave(node)
+        for node, index in operands:
+            node.inputs[index] = self._read(node.inputs[index])
         self._shield()
         graph.cleanup()
         graph.sort()
         return self.pairs
+
+    def _operands(self) -> Iterable[tuple[Node, int]]:
+        """(node, input) of what integer kernels besides the linear ones read."""
+        return kernel_operands(self.graph, self.context.settings)
 
     def _fold(self) -> None:
         """Take folded Relu/Clip out; their tensor is then computed by the linear node or Add itself.

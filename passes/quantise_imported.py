@@ -14,6 +14,7 @@ Raises ModelError where no Conv and no Gemm is left to run on integers.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from qcompile.context import Context
@@ -67,6 +68,10 @@ class _Inserter(Inserter):
         self.standing = found.standing
         self.sources: list[tuple[ScaleClass, Mark]] = []
         self.inexact = 0
+
+    def _operands(self) -> Iterable[tuple[Node, int]]:
+        """None: integers stand where the source has pairs."""
+        return ()
 
     def _fold(self) -> None:
         super()._fold()

@@ -114,7 +114,7 @@ def _round(graph: Graph, context: Context, imported: Imported, site: LinearSite,
     least = least_scales(channels.weights, biases, float(site.source.scale), span)
     dead = ~channels.integers.any(axis=1)
     channels.refuse(~dead & (channels.scale < least), _ACCUMULATOR)
-    result_scale = None if site.result is None else site.result.scale
+    result_scale = site.grid_scale
     scales = _grid(channels, site.source.scale, result_scale)
     integers = channels.integers.copy()
     again = np.flatnonzero((channels.reason != "") | dead)
