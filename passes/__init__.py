@@ -26,6 +26,7 @@ from qcompile.passes.lower_qoperator import LowerQOperator
 from qcompile.passes.lower_wide import LowerWide
 from qcompile.passes.pack_int4 import PackInt4
 from qcompile.passes.pad_channels import PadChannels
+from qcompile.passes.pair_channels import PairChannels
 from qcompile.passes.patch_to_gemm import PatchToGemm
 from qcompile.passes.pool_to_conv import PoolToConv
 from qcompile.passes.quantise import Quantise
@@ -75,6 +76,7 @@ PASSES: tuple[Pass, ...] = (
     ExpectRanges(),
     Equalise(),
     Smooth(),
+    PairChannels(),
     Quantise(),
     QuantiseEmbeddings(),
     SearchRanges(),

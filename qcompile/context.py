@@ -100,6 +100,7 @@ class Context:
     tensors. progress: called with a stage's name as work goes on.
     samples: a bounded list of calibration feeds (axis 0 the batch) that promise checks and the walk use.
     ranges: (low, high) of each scale class by what decided it; of use to the next compilation of the same model.
+    paired: whether channels were put in the order that the pair rule likes (a search that starts anew might move them again).
     diagnose: whether each layer's part in the error is to be measured (it changes no byte of the output).
     """
 
@@ -113,6 +114,7 @@ class Context:
     calibrated: int = 0
     synthetic: bool = False
     ranges: dict[object, list[tuple[float, float]]] = field(default_factory=dict)
+    paired: bool = False
     diagnose: bool = False
     batch_norms: list[BatchNormRecord] = field(default_factory=list)
     progress: Callable[[str], None] | None = None
