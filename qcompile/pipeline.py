@@ -71,6 +71,7 @@ def compile_model(
     eval_data: str | Path | Dataset | None = None,
     max_drop: float | None = None,
     min_agreement: float | None = None,
+    on_inconclusive: str = "fail",
     ranges: str = "mse",
     effort: str = "default",
     exclude: Sequence[str] = (),
@@ -100,10 +101,11 @@ def compile_model(
     max_drop: the largest drop of top-1 accuracy, in percentage points, that `eval_data` (with labels) must not contradict;
     min_agreement: the least share of samples that keep their class. Where a limit does not hold on one half of `eval_data`,
     layers are raised to 8 bits, then to float, until it does; the verdict is on the other half (`qcompile.fallback`).
+    on_inconclusive: fail | pass, what it means for a limit that the samples can neither confirm nor refute.
     compare_targets: where target is `any`, effort is not `fast` and there is `eval_data`, also say what `vnni` would have given.
     diagnose: measure each layer's part in the error as well (the report's `layers`); the written bytes stay the same.
     Returns the written path and the report. Raises InputError, ModelError or DataError (exit status 2), PassError (1), and
-    LimitError (3) where the samples show that a limit is broken: the file is then kept with `.failed` before its suffix.
+    LimitError (3) where a limit is broken: the file is then kept with `.failed` before its suffix.
 
     >>> compiled = compile_model("models/digits_cnn.onnx", data="models/digits_calib.npz")  # doctest: +SKIP
     >>> compiled.report["accuracy"]["sqnr_db"]  # doctest: +SKIP
@@ -125,7 +127,7 @@ def compile_model(
         weight_only=weight_only_of(activations, block, symmetric, spelling, accuracy_level),
     )
     check_settings(settings, max_drop, eval_data is not None, min_agreement)
-    limits = Limits(max_drop, min_agreement)
+    limits = Limits(max_drop, min_agreement, on_inconclusive)
     source = Path(model)
     path = output_path(source, output, bits)
     loaded = load_model(source)
@@ -357,7 +359,7 @@ def _plain(value: Any) -> Any:
 
 
 def _enforce(compiled: Compiled, accuracy: Accuracy, limits: Limits, found: Found[_Built]) -> Compiled:
-    """The verdict on the limits; where one is broken the file is renamed and LimitError raised. Too few samples break nothing."""
+    """The verdict on the limits; where one is broken the file is renamed and LimitError raised."""
     verdicts, broken = limits.verdicts(accuracy)
     compiled.report.update(verdicts)
     compiled.report["fallback"] = found.as_json(accuracy.samples)

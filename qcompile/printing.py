@@ -94,12 +94,21 @@ def print_report(report: Mapping[str, Any], out: Console) -> None:
         out.print(_targets_line(report["targets"]))
     for line in _raised_lines(report):
         out.print(line)
+    for line in _limit_lines(report):
+        out.print(line)
+    for warning in report.get("warnings") or ():
+        out.print(f"warning: {warning}")
+
+
+def _limit_lines(report: Mapping[str, Any]) -> Iterable[str]:
+    gate = report.get("gate")
+    if gate:
+        yield from (f"limit: {entry['outcome']}: {entry['limit']}: {entry['reason']}" for entry in gate["limits"])
+        return
     for key in ("verdict", "agreement_verdict"):
         verdict = report.get(key)
         if verdict:
-            out.print(f"limit: {verdict['outcome']}: {verdict['reason']}")
-    for warning in report.get("warnings") or ():
-        out.print(f"warning: {warning}")
+            yield f"limit: {verdict['outcome']}: {verdict['reason']}"
 
 
 def print_bench(bench: Mapping[str, Any], out: Console) -> None:
@@ -231,9 +240,11 @@ def _accuracy_rows(report: Mapping[str, Any]) -> Iterable[tuple[str, str, str, s
         return
     over = _over(report, accuracy["samples"])
     if accuracy.get("metric"):
-        scores = (f"{100 * accuracy[side]:.2f} %" for side in ("float", "quantised"))
+        share = accuracy["metric"] == "f1" or accuracy["metric"].startswith("top")
+        scores = (f"{100 * accuracy[side]:.2f} %" if share else f"{accuracy[side]:.6g}" for side in ("float", "quantised"))
         counts = f" ({accuracy['lost']} lost, {accuracy['won']} won)" if accuracy.get("lost") is not None else ""
-        yield accuracy["metric"], *scores, f"drop {accuracy['drop_points']:.2f} points{counts}"
+        unit = "%" if accuracy["metric"] == "mse" else "points"
+        yield accuracy["metric"], *scores, f"drop {accuracy['drop_points']:.2f} {unit}{counts}"
     if accuracy.get("top1_agreement") is not None:
         yield "top-1 agreement", "", f"{100 * accuracy['top1_agreement']:.2f} %", over
         over = ""

@@ -107,6 +107,7 @@ def test_defaults_reach_the_pipeline(command: Command, pipeline: FakePipeline) -
         "eval_data": None,
         "max_drop": None,
         "min_agreement": None,
+        "on_inconclusive": "fail",
         "ranges": "mse",
         "effort": "default",
         "exclude": (),
@@ -142,7 +143,7 @@ def test_symmetry_reaches_the_pipeline(flag: str, value: bool, command: Command,
 
 def test_every_option_reaches_the_pipeline(command: Command, pipeline: FakePipeline, tmp_path: Path) -> None:
     args = "-o out.onnx --bits 8 --format qoperator --target vnni --data d.npz --samples 7 --preprocess imagenet --eval e.npz "
-    args += "--max-drop 0.5 --min-agreement .9 "
+    args += "--max-drop 0.5 --min-agreement .9 --on-inconclusive pass "
     args += "--effort fast --ranges percentile --exclude head --exclude /b/* --opset 17 --inputs-as uint8 --inline --io integer "
     args += "--activations float --block 64 --symmetric --spelling portable --accuracy-level 1 "
     args += "--no-bias-correction --dump-passes dump --seed 3 --no-latency --quiet"
@@ -161,6 +162,7 @@ def test_every_option_reaches_the_pipeline(command: Command, pipeline: FakePipel
         "eval_data": "e.npz",
         "max_drop": 0.5,
         "min_agreement": 0.9,
+        "on_inconclusive": "pass",
         "ranges": "percentile",
         "effort": "fast",
         "exclude": ("head", "/b/*"),
@@ -356,7 +358,7 @@ def test_check_of_a_model_with_itself(command: Command, tmp_path: Path) -> None:
     report = tmp_path / "r.json"
     status, out, err = command("check", CNN, CNN, "--eval", DIGITS, "--max-drop", 0, "--report", report, "--no-latency")
     assert (status, err) == (0, "")
-    assert "limit: pass: outputs are bit-identical" in out
+    assert "limit: pass: --max-drop 0: outputs are bit-identical" in out
     written = json.loads(report.read_text())
     assert written["accuracy"]["samples"] == 500
     assert written["accuracy"]["float"] == 0.998  # models/README.md: 499 of 500
