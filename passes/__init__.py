@@ -19,6 +19,7 @@ from qcompile.passes.integer_head import IntegerHead
 from qcompile.passes.linear_form import LinearForm
 from qcompile.passes.lower_integer import LowerInteger
 from qcompile.passes.lower_qoperator import LowerQOperator
+from qcompile.passes.lower_wide import LowerWide
 from qcompile.passes.pack_int4 import PackInt4
 from qcompile.passes.pad_channels import PadChannels
 from qcompile.passes.patch_to_gemm import PatchToGemm
@@ -38,6 +39,7 @@ from qcompile.passes.sum_residuals import SumResiduals
 from qcompile.passes.sum_to_add import SumToAdd
 from qcompile.passes.transpose_first import TransposeFirst
 from qcompile.passes.weight_only import WeightOnlyInt4
+from qcompile.passes.wide_units import WideUnits
 from qcompile.rewrite import Pass
 
 PASSES: tuple[Pass, ...] = (
@@ -69,12 +71,14 @@ PASSES: tuple[Pass, ...] = (
     QuantiseEmbeddings(),
     SearchRanges(),
     DyadicScales(),
+    WideUnits(),
     RoundWeights(),
     IntegerBias(),
     RefineLayers(),
     CorrectMeans(),
     Diagnose(),
     SumResiduals(),
+    LowerWide(),
     LowerQOperator(),
     IntegerHead(),
     LowerInteger(),

@@ -71,7 +71,7 @@ class Layer:
         target, covariance, strength = self._target(weight, folds)
         grid = Grid(
             np.float32(self.site.source.scale),
-            None if self.site.result is None else np.float32(self.site.result.scale),
+            self.site.grid_scale,
             pair_rule,
             self.top,
             damping,

@@ -25,6 +25,7 @@ import numpy as np
 from qcompile.context import Context
 from qcompile.errors import PassError
 from qcompile.graph import Array, Graph, Node, Tensor, Value
+from qcompile.kernel_operands import TABULATED
 from qcompile.passes._channels import Reach, Tracer, behind_moves, is_layer_norm, same_columns, source_of
 from qcompile.passes._linear import bias_of, linear_at, scaled, weight_of, write
 from qcompile.passes._match import set_type
@@ -227,6 +228,8 @@ class _Targets:
         integer = self.placement.integer | self.placement.folded | set(self.placement.linears)
         if producer in integer:
             return "the input is computed in integers"
+        if self.context.settings.integer_kernels and origin.producer.op in TABULATED:
+            return "the input is computed by a table"
         return "" if self.insert else "a Mul would have to be inserted"
 
 

@@ -45,6 +45,7 @@ class Settings:
     exclude: node names or shell patterns that stay float. raised: (node, bits) of layers that a limit on the result needs to have
     more bits than the others, `FLOAT_BITS` for float. weight_only: set where activations stay float.
     inline: functions of the integer format are written out. io: float | integer, the type of its inputs and outputs.
+    kernels: table | ibert, how integer formats compute GELU and the exponentials of Softmax.
     """
 
     bits: int = 8
@@ -61,6 +62,12 @@ class Settings:
     raised: tuple[tuple[str, int], ...] = ()
     inline: bool = False
     io: str = "float"
+    kernels: str = "table"
+
+    @property
+    def integer_kernels(self) -> bool:
+        """Whether GELU, Softmax, LayerNormalization and what joins them are computed in integers too."""
+        return self.format in ("qoperator", "integer")
 
     @property
     def weight_top(self) -> int:

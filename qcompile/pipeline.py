@@ -79,6 +79,7 @@ def compile_model(
     inputs_as: str = "float32",
     inline: bool = False,
     io: str = "float",
+    kernels: str = "table",
     activations: str = "int8",
     block: int | None = None,
     symmetric: bool | None = None,
@@ -97,6 +98,7 @@ def compile_model(
 
     data, eval_data: a SPEC (see `qcompile.data`) or a Dataset; without a limit `eval_data` never changes the written bytes.
     inline, io: in format integer, functions are written out; io "integer": inputs and outputs are integers too.
+    kernels: in the formats qoperator and integer, GELU and the exponentials of Softmax by table, or ibert: by its polynomials.
     activations: int8, or float for weight-only INT4, whose options are block, symmetric, spelling and accuracy_level.
     max_drop: the largest drop of top-1 accuracy, in percentage points, that `eval_data` (with labels) must not contradict;
     min_agreement: the least share of samples that keep their class. Where a limit does not hold on one half of `eval_data`,
@@ -124,6 +126,7 @@ def compile_model(
         seed=seed,
         inline=inline,
         io=io,
+        kernels=kernels,
         weight_only=weight_only_of(activations, block, symmetric, spelling, accuracy_level),
     )
     check_settings(settings, max_drop, eval_data is not None, min_agreement)
