@@ -21,7 +21,7 @@ import numpy as np
 from onnx import AttributeProto, TensorProto, helper, numpy_helper
 
 from qcompile.graph import Array, Const, Graph, Node, Tensor, Value
-from qcompile.passes._match import is_op, ints_of, scalar_of
+from qcompile.passes._match import ints_of, is_op, scalar_of
 
 _BOOL = TensorProto.BOOL
 _INTEGERS = frozenset({TensorProto.INT8, TensorProto.UINT8, TensorProto.INT32, TensorProto.INT64})

@@ -88,7 +88,7 @@ def _candidate(graph: Graph, node: Node, context: Context) -> bool:
         return False
     if node.op == "QuantizeLinear":
         return True
-    if node.outputs[0].elem_type not in _FLOATS or node.op not in _RULES and node.op not in TABULATED:
+    if node.outputs[0].elem_type not in _FLOATS or (node.op not in _RULES and node.op not in TABULATED):
         return False
     return not (node.op == "Gemm" and (_quantised(node) or _leaves(graph, node)))
 

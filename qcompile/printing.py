@@ -112,8 +112,25 @@ def _limit_lines(report: Mapping[str, Any]) -> Iterable[str]:
 
 
 def print_bench(bench: Mapping[str, Any], out: Console) -> None:
-    """Latency and size of two models."""
-    out.print(_result_table(bench))
+    """One row a model, then the time by operator of each."""
+    rows = []
+    for entry in bench["models"]:
+        latency, speedup, cold = entry["latency_ms"], entry["speedup"], entry["cold_start"]
+        share = None if entry["peak_share"] is None else f"{100 * entry['peak_share']:.1f} %"
+        row = [entry["path"], f"{_three(latency['median'])} ms", f"{_three(latency['low'])} to {_three(latency['high'])}"]
+        row += [f"{speedup['median']:.2f} x ({speedup['low']:.2f} to {speedup['high']:.2f})", _bytes(entry["size_bytes"])]
+        row += ["" if entry["macs"] is None else _count(entry["macs"]), share or "unknown"]
+        row += ["", ""] if cold is None else [f"{_three(cold['load_ms'])} ms", f"{cold['peak_rss_mb']:.0f} MB"]
+        rows.append(row)
+    columns = ("model", "median", "95 %", "as fast", "size", "MACs", "of int8 peak", "cold load", "peak memory")
+    print_rows(columns, rows, out)
+    for entry in bench["models"]:
+        shown = (entry["operators"] or [])[:_MOST_LINES]
+        if shown:
+            times = [(o["op"], o["calls"], f"{o['ms']:.4f}", f"{100 * o['share']:.1f} %") for o in shown]
+            print_rows(("operator", "calls", "ms", "share"), times, out, title=entry["path"])
+    threads = f"{bench['threads']} thread{'s' if bench['threads'] != 1 else ''}"
+    out.print(f"{threads}; int8 peak {bench['peak_gops']:.0f} GOP/s, measured by a large MatMulInteger in the same rounds")
 
 
 def print_passes(passes: Iterable[Pass], out: Console) -> None:
@@ -348,6 +365,16 @@ def _cut(lines: list[str]) -> Iterable[str]:
 
 def _decibels(value: float | None) -> str:
     return "inf" if value is None else f"{value:.2f}"
+
+
+def _count(value: int) -> str:
+    """1.2 k, 3.4 M, 5.6 G."""
+    number = float(value)
+    for unit in ("", " k", " M"):
+        if number < 999.5:
+            return f"{_three(number)}{unit}" if unit else str(value)
+        number /= 1000
+    return f"{_three(number)} G"
 
 
 def _three(value: float) -> str:
