@@ -115,6 +115,7 @@ def check_models(
         "nodes": nodes_json(audited),
         "fusion": fusion_json(audited),
         "gate": judged.as_json(),
+        "recipe": {"check": _recipe(settings, latency)},
         "baseline": made,
         "warnings": list(measured.warnings),
     }
@@ -129,6 +130,13 @@ def check_models(
     if update_baseline and baseline is not None:
         write_report({"baseline": made}, baseline)
     return report
+
+
+def _recipe(settings: dict[str, Any], latency: bool) -> dict[str, Any]:
+    plain = {key.replace("_", "-"): value for key, value in settings.items() if value is not None and value is not False}
+    usual = {"seed": 0, "on-inconclusive": "fail"}
+    kept = {key: value for key, value in plain.items() if usual.get(key) != value}
+    return kept if latency else {**kept, "no-latency": True}
 
 
 def _findings(

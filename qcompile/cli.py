@@ -32,9 +32,11 @@ from qcompile.cli_common import (
     deliver,
 )
 from qcompile.cli_inspect import inspect
+from qcompile.cli_recipe import RECIPE
 from qcompile.command_group import CompileCommand, CompileGroup, LaterChoice, run
 from qcompile.errors import LimitError
 from qcompile.printing import TerminalProgress, console, print_passes
+from qcompile.recipe import Recipe
 
 
 @click.group(cls=CompileGroup)
@@ -48,6 +50,7 @@ def cli() -> None:
 
 @cli.command("compile", cls=CompileCommand, hidden=True)
 @click.argument("model", type=FILE)
+@RECIPE
 @click.option("-o", "--output", type=FILE, metavar="OUT", help="Where to write.  [MODEL with .int8.onnx]")
 @click.option("--bits", type=LaterChoice(["8", "4"], ["mixed"]), default="8", help="Width of weights.  [8]")
 @click.option(
@@ -132,6 +135,7 @@ def compile_command(
     no_latency: bool,
     no_compare_targets: bool,
     quiet: bool,
+    recipe: Recipe | None,
     **options: Any,
 ) -> int:
     """Compile MODEL."""
@@ -159,6 +163,7 @@ def compile_command(
                 latency=not no_latency,
                 compare_targets=report is not None and eval_data is not None and not no_compare_targets,
                 diagnose=report is not None,
+                nodes={} if recipe is None else recipe.nodes,
                 progress=progress,
                 **options,
             )

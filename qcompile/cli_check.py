@@ -22,14 +22,17 @@ from qcompile.cli_common import (
     check_report,
     deliver,
 )
+from qcompile.cli_recipe import RECIPE
 from qcompile.errors import LimitError
 from qcompile.printing import TerminalProgress
+from qcompile.recipe import Recipe
 from qcompile.report_file import check_report_path
 
 
 @click.command()
 @click.argument("float_model", metavar="FLOAT", type=FILE)
 @click.argument("quantised", metavar="QUANTISED", type=FILE)
+@RECIPE
 @click.option("--eval", "eval_data", metavar="SPEC", required=True, help="Samples, best with labels, to compare on.")
 @SAMPLES
 @PREPROCESS
@@ -66,6 +69,7 @@ def check(
     github: bool,
     no_latency: bool,
     quiet: bool,
+    recipe: Recipe | None,
     **options: Any,
 ) -> int:
     """Measure QUANTISED against FLOAT and judge it: accuracy, fusion, latency and size."""

@@ -182,7 +182,7 @@ def test_report_of_a_check(float_model: Path, data: str) -> None:
     report = check_models(float_model, float_model, data, max_drop=0.5, samples=2, latency=False)
     assert set(report) == {
         "qcompile", "source", "output", "settings", "accuracy", "latency_ms", "size_bytes", "nodes", "fusion", "warnings",
-        "verdict", "seconds", "peak_rss_mb", "gate", "baseline",
+        "verdict", "seconds", "peak_rss_mb", "gate", "baseline", "recipe",
     }  # fmt: skip
     assert report["accuracy"]["samples"] == 2
     assert {key: value for key, value in report["settings"].items() if value is not None and value is not False} == {

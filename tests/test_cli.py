@@ -127,6 +127,7 @@ def test_defaults_reach_the_pipeline(command: Command, pipeline: FakePipeline) -
         "latency": True,
         "compare_targets": False,
         "diagnose": False,
+        "nodes": {},
     }
     assert "fold_bn" in out
     assert "2 x weight is shared" in out
@@ -182,6 +183,7 @@ def test_every_option_reaches_the_pipeline(command: Command, pipeline: FakePipel
         "latency": False,
         "compare_targets": True,
         "diagnose": True,  # a report was asked for
+        "nodes": {},
     }
     assert json.loads(report.read_text()) == REPORT
 
