@@ -12,7 +12,9 @@ from qcompile.passes.expect_ranges import ExpectRanges
 from qcompile.passes.fold_bn import FoldBatchNorm
 from qcompile.passes.fold_constants import FoldConstants
 from qcompile.passes.fold_width import FoldWidth
+from qcompile.passes.fuse_activation import FuseActivation
 from qcompile.passes.fuse_gelu import FuseGelu
+from qcompile.passes.fuse_layer_norm import FuseLayerNorm
 from qcompile.passes.fuse_linear import FuseLinear
 from qcompile.passes.integer_bias import IntegerBias
 from qcompile.passes.integer_head import IntegerHead
@@ -47,7 +49,9 @@ PASSES: tuple[Pass, ...] = (
     SumToAdd(),
     SimplifyShapes(),
     Eliminate(),
+    FuseLayerNorm(),
     FuseGelu(),
+    FuseActivation(),
     FuseLinear(),
     RecordBatchNorm(),
     FoldBatchNorm(),
@@ -85,7 +89,8 @@ PASSES: tuple[Pass, ...] = (
     PackInt4(),
 )
 
-_CANONICAL = (FoldConstants, SumToAdd, SimplifyShapes, Eliminate, FuseGelu, FuseLinear, FoldBatchNorm)
+_NAMED = (FuseLayerNorm, FuseGelu, FuseActivation)
+_CANONICAL = (FoldConstants, SumToAdd, SimplifyShapes, Eliminate, *_NAMED, FuseLinear, FoldBatchNorm)
 _DYNAMIC: tuple[Pass, ...] = (
     *(p for p in PASSES if isinstance(p, _CANONICAL)),
     QuantiseDynamic(),

@@ -284,9 +284,13 @@ def _triangle(node: Node, table: Table | None) -> Table | None:
     return _combined(lambda k, v: v if k else np.asarray(v).dtype.type(0), [kept, table])
 
 
+def _turned(row: Row, index: int) -> Row:
+    return (*row[:index], not row[index], *row[index + 1 :])
+
+
 def _flipped(rows: dict[Row, Any], index: int) -> dict[Row, Any]:
     """The rows with condition `index` turned round."""
-    return {row: rows[(*row[:index], not row[index], *row[index + 1 :])] for row in rows}
+    return {row: rows[_turned(row, index)] for row in rows}
 
 
 def _condition(conditions: tuple[Condition, ...], rows: dict[Row, bool]) -> Condition | bool:
@@ -355,7 +359,7 @@ class Conditions:
         moved.attrs.update((name, AttributeProto.FromString(text)) for name, text in condition.attributes)
         return self._typed(moved)
 
-    def _node(self, op: str, inputs: Sequence[Tensor | None], elem_type: int = _BOOL, **attributes: int) -> Value:
+    def _node(self, op: str, inputs: Sequence[Tensor | None], elem_type: int = _BOOL, **attributes: Any) -> Value:
         return self._typed(self._graph.node(op, inputs, ["keep"], **attributes), elem_type)
 
     @staticmethod

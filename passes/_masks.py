@@ -111,9 +111,10 @@ class _Reading:
                     return self._go(node, node.inputs[1 - index])
         return ""
 
-    def _go(self, node: Node, scores: Tensor) -> None:
+    def _go(self, node: Node, scores: Tensor) -> str | None:
         self.steps.append(node)
         self.scores = scores
+        return None
 
     def _widens(self, node: Node) -> bool:
         return node.inputs[0].elem_type in _FLOATS and node.attr("to") in _FLOATS
