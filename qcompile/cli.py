@@ -31,6 +31,7 @@ from qcompile.cli_common import (
     check_report,
     deliver,
 )
+from qcompile.cli_diff import diff
 from qcompile.cli_inspect import inspect
 from qcompile.cli_recipe import RECIPE
 from qcompile.command_group import CompileCommand, CompileGroup, LaterChoice, run
@@ -185,7 +186,7 @@ def passes() -> int:
     return 0
 
 
-for _command in (check, inspect, bench):
+for _command in (check, inspect, bench, diff):
     cli.add_command(_command)
 
 
