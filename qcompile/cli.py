@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import click
 
@@ -18,6 +18,7 @@ from qcompile.cli_check import check
 from qcompile.cli_common import (
     FILE,
     FOLDER,
+    HTML,
     MAX_DROP,
     MIN_AGREEMENT,
     NO_LATENCY,
@@ -28,6 +29,7 @@ from qcompile.cli_common import (
     SAMPLES,
     SEED,
     TRACEBACK,
+    check_html,
     check_report,
     deliver,
 )
@@ -88,6 +90,7 @@ def cli() -> None:
 @MIN_AGREEMENT
 @ON_INCONCLUSIVE
 @REPORT
+@HTML
 @click.option("--effort", type=click.Choice(["fast", "default", "best"]), default="default", help="How hard to try.  [default]")
 @click.option("--ranges", type=click.Choice(["mse", "minmax", "percentile"]), default="mse", help="How ranges are chosen.  [mse]")
 @click.option("--exclude", multiple=True, metavar="NODE-OR-PATTERN", help="Keep nodes float; may be repeated.")
@@ -132,6 +135,7 @@ def compile_command(
     max_drop: float | None,
     min_agreement: float | None,
     report: Path | None,
+    html: Path | None,
     no_bias_correction: bool,
     no_latency: bool,
     no_compare_targets: bool,
@@ -147,8 +151,10 @@ def compile_command(
     if options["preprocess"] is not None and options["data"] is None and eval_data is None:
         raise click.UsageError("--preprocess is for images; give them with --data or --eval")
     check_report(report, model, output)
+    check_html(html, model, output)
     from qcompile.pipeline import compile_model
 
+    broken: LimitError | None = None
     try:
         with TerminalProgress(quiet=quiet) as progress:
             compiled = compile_model(
@@ -163,16 +169,23 @@ def compile_command(
                 bias_correction=not no_bias_correction,
                 latency=not no_latency,
                 compare_targets=report is not None and eval_data is not None and not no_compare_targets,
-                diagnose=report is not None,
+                diagnose=report is not None or html is not None,
                 nodes={} if recipe is None else recipe.nodes,
                 progress=progress,
                 **options,
             )
     except LimitError as error:
-        failed = error.compiled
-        deliver(getattr(failed, "report", {}), report, quiet=quiet, written=getattr(failed, "path", None))
-        raise
-    deliver(compiled.report, report, quiet=quiet, written=compiled.path)
+        compiled, broken = cast(Any, error.compiled), error
+    found = getattr(compiled, "report", {})
+    deliver(found, report, quiet=quiet, written=getattr(compiled, "path", None))
+    if html is not None and found:
+        from qcompile.html_report import make_html
+
+        spec = eval_data if eval_data is not None else options["data"]
+        with TerminalProgress(quiet=quiet) as progress:
+            make_html(found, model, html, spec=spec, preprocess=options["preprocess"], seed=options["seed"], progress=progress)
+    if broken is not None:
+        raise broken
     return 0
 
 

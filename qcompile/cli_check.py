@@ -9,6 +9,7 @@ import click
 
 from qcompile.cli_common import (
     FILE,
+    HTML,
     MAX_DROP,
     MIN_AGREEMENT,
     NO_LATENCY,
@@ -19,6 +20,7 @@ from qcompile.cli_common import (
     SAMPLES,
     SEED,
     TRACEBACK,
+    check_html,
     check_report,
     deliver,
 )
@@ -54,6 +56,7 @@ from qcompile.report_file import check_report_path
 @click.option("--baseline", type=FILE, metavar="FILE.json", help="Fail where QUANTISED is worse than what this file records.")
 @click.option("--update-baseline", is_flag=True, help="Write the baseline instead of comparing with it.")
 @REPORT
+@HTML
 @click.option("--junit", type=FILE, metavar="FILE.xml", help="Write the limits as JUnit test cases.")
 @click.option("--github", is_flag=True, help="Write annotations, and the step summary of GitHub Actions.")
 @SEED
@@ -65,6 +68,7 @@ def check(
     quantised: Path,
     eval_data: str,
     report: Path | None,
+    html: Path | None,
     junit: Path | None,
     github: bool,
     no_latency: bool,
@@ -74,6 +78,7 @@ def check(
 ) -> int:
     """Measure QUANTISED against FLOAT and judge it: accuracy, fusion, latency and size."""
     check_report(report, float_model, quantised)
+    check_html(html, float_model, quantised)
     for path, option in ((junit, "--junit"), (options["baseline"] if options["update_baseline"] else None, "--baseline")):
         if path is not None:
             check_report_path(path, model_files=(float_model, quantised), option=option)
@@ -82,13 +87,21 @@ def check(
 
     if github:
         summary_path()
+    broken: LimitError | None = None
     try:
         with TerminalProgress(quiet=quiet) as progress:
             found = check_models(float_model, quantised, eval_data, latency=not no_latency, progress=progress, **options)
     except LimitError as error:
-        _tell(getattr(error.compiled, "report", {}), report, junit, github, quiet)
-        raise
+        found, broken = getattr(error.compiled, "report", {}), error
     _tell(found, report, junit, github, quiet)
+    if html is not None:
+        from qcompile.html_report import make_html
+
+        chosen = {key: options[key] for key in ("preprocess", "samples", "seed")}
+        with TerminalProgress(quiet=quiet) as progress:
+            make_html(found, float_model, html, spec=eval_data, progress=progress, **chosen)
+    if broken is not None:
+        raise broken
     return 0
 
 

@@ -50,6 +50,7 @@ ON_INCONCLUSIVE = click.option(
     help="What it means for a limit that the samples cannot decide.  [fail: exit status 3]",
 )
 REPORT = click.option("--report", type=FILE, metavar="FILE.json", help="Write the report as JSON.")
+HTML = click.option("--html", type=FILE, metavar="FILE.html", help="Write the report as one self-contained page.")
 NO_LATENCY = click.option("--no-latency", is_flag=True, help="Do not measure latency.")
 QUIET = click.option("--quiet", is_flag=True, help="Print nothing but errors.")
 
@@ -58,6 +59,15 @@ def check_report(report: Path | None, *models: Path | None) -> None:
     """Raise InputError where the report cannot be written, before any work."""
     if report is not None:
         check_report_path(report, model_files=models)
+
+
+def check_html(html: Path | None, *models: Path | None) -> None:
+    """Raise InputError where the page cannot be made or written, before any work."""
+    if html is not None:
+        from qcompile.html_report import require_extra
+
+        require_extra()
+        check_report_path(html, model_files=models, option="--html")
 
 
 def deliver(found: Mapping[str, Any], path: Path | None, *, quiet: bool, written: Path | None = None) -> None:

@@ -38,8 +38,8 @@ class Stream:
         return self._held[tensor]
 
     def passed(self, tensor: Value) -> bool:
-        """Whether it was computed and is held no more."""
-        return tensor not in self._held and tensor.producer is not None and tensor.producer in self._done
+        """Whether it was computed, or is an input, and is held no more."""
+        return tensor not in self._held and (tensor.producer is None or tensor.producer in self._done)
 
     def _advance(self, targets: Iterable[Value]) -> None:
         targets = list(targets)
