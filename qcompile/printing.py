@@ -118,8 +118,8 @@ def print_bench(bench: Mapping[str, Any], out: Console) -> None:
         latency, speedup, cold = entry["latency_ms"], entry["speedup"], entry["cold_start"]
         share = None if entry["peak_share"] is None else f"{100 * entry['peak_share']:.1f} %"
         row = [entry["path"], f"{_three(latency['median'])} ms", f"{_three(latency['low'])} to {_three(latency['high'])}"]
-        row += [f"{speedup['median']:.2f} x ({speedup['low']:.2f} to {speedup['high']:.2f})", _bytes(entry["size_bytes"])]
-        row += ["" if entry["macs"] is None else _count(entry["macs"]), share or "unknown"]
+        row += [f"{speedup['median']:.2f} x ({speedup['low']:.2f} to {speedup['high']:.2f})", bytes_text(entry["size_bytes"])]
+        row += ["" if entry["macs"] is None else count_text(entry["macs"]), share or "unknown"]
         row += ["", ""] if cold is None else [f"{_three(cold['load_ms'])} ms", f"{cold['peak_rss_mb']:.0f} MB"]
         rows.append(row)
     columns = ("model", "median", "95 %", "as fast", "size", "MACs", "of int8 peak", "cold load", "peak memory")
@@ -157,7 +157,7 @@ def print_summary(found: Summary, out: Console) -> None:
     out.print(f"formats: {', '.join(found.formats) or 'none'}")
     ops = [(op, found.integer_ops.get(op), found.float_ops.get(op)) for op in sorted({*found.integer_ops, *found.float_ops})]
     print_rows(("operator", "integer", "float"), ops, out)
-    print_rows(("stored as", "size"), [(kind, _bytes(count)) for kind, count in found.weight_bytes.items()], out)
+    print_rows(("stored as", "size"), [(kind, bytes_text(count)) for kind, count in found.weight_bytes.items()], out)
     out.print(f"QuantizeLinear nodes on activations: {found.activation_quantisers}")
 
 
@@ -290,7 +290,7 @@ def _latency_rows(report: Mapping[str, Any]) -> Iterable[tuple[str, str, str, st
 def _size_rows(report: Mapping[str, Any]) -> Iterable[tuple[str, str, str, str]]:
     size = report.get("size_bytes")
     if size:
-        yield "size", _bytes(size["float"]), _bytes(size["quantised"]), f"{size['ratio']:.2f} x the size"
+        yield "size", bytes_text(size["float"]), bytes_text(size["quantised"]), f"{size['ratio']:.2f} x the size"
 
 
 def _node_rows(report: Mapping[str, Any]) -> Iterable[tuple[str, str, str, str]]:
@@ -347,7 +347,7 @@ def _raised_lines(report: Mapping[str, Any]) -> Iterable[str]:
 
 def _raised_line(move: Mapping[str, Any]) -> str:
     width = "float" if move["to_bits"] == 32 else f"{move['to_bits']} bits"
-    why = f"{_decibels(move['own_db'])} dB alone, for {_bytes(move['bytes_added'])}"
+    why = f"{_decibels(move['own_db'])} dB alone, for {bytes_text(move['bytes_added'])}"
     return f"raised: {move['op']} {move['node']} from {move['from_bits']} bits to {width}: {why}"
 
 
@@ -367,7 +367,7 @@ def _decibels(value: float | None) -> str:
     return "inf" if value is None else f"{value:.2f}"
 
 
-def _count(value: int) -> str:
+def count_text(value: int) -> str:
     """1.2 k, 3.4 M, 5.6 G."""
     number = float(value)
     for unit in ("", " k", " M"):
@@ -385,7 +385,7 @@ def _three(value: float) -> str:
     return f"{value:.{decimals}f}"
 
 
-def _bytes(count: int) -> str:
+def bytes_text(count: int) -> str:
     """Decimal units: 95.0 kB, 13.6 MB."""
     value = float(count)
     for unit in ("B", "kB", "MB"):
