@@ -70,7 +70,7 @@ class Wides:
     context: Context
     of: dict[Tensor, Wide] = field(default_factory=dict)
     exponentials: dict[Tensor, Exponentials] = field(default_factory=dict)
-    scaled: dict[Tensor, tuple[Wide, Array]] = field(default_factory=dict)  # tensors times a number a channel, on the way to 8 bits
+    scaled: dict[Tensor, tuple[Wide, Array]] = field(default_factory=dict)  # on the way to 8 bits: times a number a channel
 
     def unit(self, tensor: Tensor) -> float | None:
         """The step that the plan gives `tensor`, as an operand of a sum; None where it is free."""

@@ -1,4 +1,4 @@
-"""Wide integers through arithmetic and movement: sums, products, means, look-ups. Each rule raises Refusal where it has no answer."""
+"""Wide integers through arithmetic and movement: sums, products, means, look-ups; Refusal where there is no rule."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def from_integers(wides: Wides, node: Node) -> None:
         raise Refusal("it converts between floats")
     result = wides.value(output.name + "_whole", output)
     plumb(wides.graph, "Cast", [source], result, to=TensorProto.INT32)
-    ranges = {TensorProto.BOOL: 1, TensorProto.INT8: 128, TensorProto.UINT8: 255}
+    ranges: dict[int, int] = {TensorProto.BOOL: 1, TensorProto.INT8: 128, TensorProto.UINT8: 255}
     if source.elem_type in ranges:
         wides.set(node, Wide(result, 1.0, ranges[source.elem_type]))
         return
@@ -195,7 +195,9 @@ def move(wides: Wides, node: Node) -> None:
         wide = wides.read(source, unit)
     else:
         wide = wides.read(source)
-    moved = wides.graph.node(node.op, [wide.integers, *node.inputs[1:]], [wides.value(o.name + "_moved", o) for o in node.outputs])
+    moved = wides.graph.node(
+        node.op, [wide.integers, *node.inputs[1:]], [wides.value(o.name + "_moved", o) for o in node.outputs]
+    )
     moved.attrs.update(node.attrs)
     moved.name = ""
     for index, result in enumerate(moved.outputs):

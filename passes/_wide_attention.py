@@ -1,8 +1,8 @@
 """Softmax and attention's two products in integers.
 
-    scores = q k        u8 x u8 -> int32, the factor 1/sqrt(d) and the mask go into the exponential
-    e = exp(scores)     u8, 255 at the maximum of a row, exactly 0 where masked
-    context = e v       int32, divided by the sum of e: the probabilities themselves are never rounded
+scores = q k        u8 x u8 -> int32, the factor 1/sqrt(d) and the mask go into the exponential
+e = exp(scores)     u8, 255 at the maximum of a row, exactly 0 where masked
+context = e v       int32, divided by the sum of e: the probabilities themselves are never rounded
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def softmax(wides: Wides, node: Node) -> None:
     result = Value(graph.fresh_name(name + "_u8"), helper.make_tensor_type_proto(TensorProto.UINT8, output.dims))
     try:
         if not graph.is_pinned(output) and all(n.op == "MatMul" and n.inputs[0] is output for n in output.consumers):
-            made = TableExp(scale, masked) if settings.kernels == "table" else IExp(scale, masked)
+            made = TableExp(scale, masked, scores.bound) if settings.kernels == "table" else IExp(scale, masked)
             kernel_call(graph, made, inputs, result, name)
             wides.exponentials[output] = Exponentials(result, longest)
             return
@@ -105,14 +105,14 @@ def _context(wides: Wides, node: Node, e: Exponentials, v: Narrow) -> None:
 
 
 def _ones(wides: Wides, values: Tensor, name: str) -> Tensor:
-    """A column of u8 ones, as long as V [.., keys, d] is high."""
+    """A column of s8 ones, as long as V [.., keys, d] is high. With u8 ones MatMulInteger takes twice as long."""
     graph, keys = wides.graph, values.dims[-2] if values.dims else None
     if isinstance(keys, int):
-        return graph.constant(name + "_ones", np.ones((keys, 1), np.uint8))
+        return graph.constant(name + "_ones", np.ones((keys, 1), np.int8))
     narrow = wides.narrow(values)
     assert narrow is not None
     length = graph.node("Shape", [narrow.integers], [name + "_keys"], start=-2, end=-1).outputs[0]
     one = graph.constant(name + "_single", np.asarray([1], np.int64))
     shape = graph.node("Concat", [length, one], [name + "_column"], axis=0).outputs[0]
-    fill = helper.make_tensor("value", TensorProto.UINT8, [1], [1])
+    fill = helper.make_tensor("value", TensorProto.INT8, [1], [1])
     return graph.node("ConstantOfShape", [shape], [name + "_ones"], value=fill).outputs[0]

@@ -48,7 +48,7 @@ def gemm(wides: Wides, node: Node) -> None:
 
 
 def _factors(steps: Float64, reach: Int64, unit: float | None) -> tuple[float, Int64]:
-    """(u, b): steps = b * u for whole b. Where scales were not chosen for `unit`, u is the finest for which reach * b fits int32."""
+    """(u, b): steps = b * u for whole b. u is `unit` where scales were chosen for it, else the finest that int32 has room for."""
     if steps.size == 1:
         return float(steps[0]), np.ones(1, np.int64)
     if unit is not None:

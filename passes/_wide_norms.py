@@ -7,8 +7,9 @@ from math import ceil, frexp, log2, sqrt
 
 import numpy as np
 
-from qcompile.graph import Node, Value
+from qcompile.graph import Array, Node, Tensor, Value
 from qcompile.kernels.ilayernorm import ILayerNorm, IRmsNorm
+from qcompile.kernels.lean_norm import ILayerNormLean, IRmsNormLean
 from qcompile.passes._kernel_call import kernel_call
 from qcompile.passes._wide import INT32_MAX, Refusal, Wide, Wides
 from qcompile.passes._wide_sums import MOVES
@@ -18,24 +19,36 @@ _MOST_GAIN = 2.0**13
 
 
 def layer_norm(wides: Wides, node: Node) -> None:
-    """One kernel call. Read by one QuantizeLinear alone: straight to 8 bits; else in a step that the next sum can take."""
-    source, output, name = node.inputs[0], node.outputs[0], node.outputs[0].name
-    dims = source.dims
-    axis = node.attr("axis", -1)
+    """LayerNormalization and RMSNormalization as operators."""
+    dims, axis = node.inputs[0].dims, node.attr("axis", -1)
     if dims is None or axis not in (-1, len(dims) - 1):
         raise Refusal("it normalises over more than the last axis")
     gamma, beta = node.constant(1), node.constant(2)
     if gamma is None or (node.input(2) is not None and beta is None):
         raise Refusal("its scale or bias is computed at run time")
-    factors = gamma.array().astype(np.float64).reshape(-1)
-    offsets = np.zeros_like(factors) if beta is None else beta.array().astype(np.float64).reshape(-1)
-    wide = wides.read(source)
     kernel = ILayerNorm if node.op == "LayerNormalization" else IRmsNorm
+    epsilon = float(node.attr("epsilon", 1e-5))
+    normalise(wides, node.inputs[0], node.outputs[0], gamma.array(), None if beta is None else beta.array(), epsilon, kernel)
+
+
+def normalise(
+    wides: Wides,
+    source: Tensor,
+    output: Value,
+    gamma: Array,
+    beta: Array | None,
+    epsilon: float,
+    kernel: type[ILayerNorm] | type[IRmsNorm],
+) -> None:
+    """One kernel call. Read by one QuantizeLinear alone: straight to 8 bits; else in a step that the next sum can take."""
+    name, wide = output.name, wides.read(source)
+    factors = gamma.astype(np.float64).reshape(-1)
+    offsets = np.zeros_like(factors) if beta is None else beta.astype(np.float64).reshape(-1)
     options = {
         "scale": wide.scale,
         "gamma": tuple(factors),
         "beta": tuple(offsets) if offsets.any() else (),
-        "epsilon": float(node.attr("epsilon", 1e-5)),
+        "epsilon": epsilon,
         "input_bits": min(32, wide.bound.bit_length() + 1),
     }
     quantisers = [n for n in output.consumers if n.op == "QuantizeLinear"]
@@ -55,14 +68,18 @@ def layer_norm(wides: Wides, node: Node) -> None:
         raise Refusal("its result needs more than 32 bits")
     result = wides.value(name + "_normalised", output)
     kernel_call(wides.graph, made, [wide.integers], result, name)
-    wides.set(node, Wide(result, step, bound))
+    wides.of[output] = Wide(result, step, bound)
 
 
 def _make(kernel: type[ILayerNorm] | type[IRmsNorm], options: dict[str, object]) -> ILayerNorm | IRmsNorm:
-    try:
-        return kernel(**options)  # type: ignore[arg-type]
-    except ValueError as error:
-        raise Refusal(f"outside the kernel's domain ({error})") from error
+    """The lean form; where the row is outside its domain, the one for any row."""
+    reason = ""
+    for form in (ILayerNormLean if kernel is ILayerNorm else IRmsNormLean, kernel):
+        try:
+            return form(**options)  # type: ignore[arg-type]
+        except ValueError as error:
+            reason = str(error)
+    raise Refusal(f"outside the kernel's domain ({reason})")
 
 
 def _step(wides: Wides, output: Value, gain: float) -> float:

@@ -13,20 +13,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 from onnx import TensorProto
 
 from qcompile.context import Context
 from qcompile.graph import Graph, Node, Tensor, Value
 from qcompile.kernel_operands import TABULATED
+from qcompile.kernels._functions import named
+from qcompile.kernels.ilayernorm import IRmsNorm
+from qcompile.passes._activations import Silu, find_silu
 from qcompile.passes._match import is_op
+from qcompile.passes._norms import Normalisation, find_rms_norms
 from qcompile.passes._wide import Refusal, Wides
 from qcompile.passes._wide_arithmetic import ARITHMETIC
 from qcompile.passes._wide_attention import product, softmax
 from qcompile.passes._wide_linear import gemm
-from qcompile.passes._wide_norms import layer_norm
+from qcompile.passes._wide_norms import layer_norm, normalise
 from qcompile.passes._wide_sums import NORMS
-from qcompile.passes._wide_tables import tabulated
+from qcompile.passes._wide_tables import by_table, tabulated
 from qcompile.rewrite import Lossy, Promise, Report
 
 _SAME_ELEMENTS = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Identity")
@@ -59,17 +64,19 @@ class LowerWide:
                 _raise_quantiser(graph, node)
         graph.sort()
         wides, refused = Wides(graph, context), {}
+        spelled = _spelled(graph)
         for node in list(graph.nodes):
-            if not _candidate(graph, node, context):
+            if node not in spelled and not _candidate(graph, node):
                 continue
             try:
-                note = _lower(wides, node)
+                note = spelled[node](wides, node) if node in spelled else _lower(wides, node)
             except Refusal as refusal:
                 refused[node] = str(refusal)
                 continue
             report.rewrites += 1
             if note is not None:
                 report.refuse(node.label, note)
+        _shapes_of_integers(wides)
         _leave(wides)
         graph.cleanup()
         graph.sort()
@@ -77,12 +84,36 @@ class LowerWide:
         for node, reason in refused.items():
             if node in left and reason:
                 report.refuse(node.label, reason)
-        if report.rewrites and not left.isdisjoint(refused):
-            report.rewrites -= 0
         return report
 
 
-def _candidate(graph: Graph, node: Node, context: Context) -> bool:
+def _spelled(graph: Graph) -> dict[Node, Callable[[Wides, Node], str | None]]:
+    """The last nodes of patterns that no operator of the graph's opset names."""
+    found: dict[Node, Callable[[Wides, Node], str | None]] = {}
+    for silu in find_silu(graph):
+        if silu.alpha == 1.0 and silu.output.producer is not None:
+            found[silu.output.producer] = partial(_silu, silu)
+    for norm in find_rms_norms(graph):
+        if norm.output.producer is not None:
+            found[norm.output.producer] = partial(_rms_norm, norm)
+    return found
+
+
+def _silu(silu: Silu, wides: Wides, node: Node) -> str | None:
+    return by_table(wides, node, _read_by_sigmoid(silu), named("Silu"))
+
+
+def _read_by_sigmoid(silu: Silu) -> Tensor:
+    """x as Sigmoid reads it: dequantised, where x itself stays float."""
+    return next((step.inputs[0] for step in silu.steps if step.op == "Sigmoid"), silu.x)
+
+
+def _rms_norm(norm: Normalisation, wides: Wides, node: Node) -> str | None:
+    normalise(wides, norm.x, node.outputs[0], norm.gamma, norm.beta, norm.epsilon, IRmsNorm)
+    return None
+
+
+def _candidate(graph: Graph, node: Node) -> bool:
     """Whether `node` computes a float tensor that is not the result of the model as such."""
     if node.domain not in ("", "ai.onnx") or node.op in ("DequantizeLinear",) or not node.outputs:
         return False
@@ -143,6 +174,23 @@ def _raise_quantiser(graph: Graph, node: Node) -> None:
         node.inputs[0], mover.inputs[0] = before, integers
         node.outputs[0], mover.outputs[0] = integers, result
         source = before
+
+
+def _shapes_of_integers(wides: Wides) -> None:
+    """Let Shape read integers where they have the shape of the float tensor that it asked."""
+    for node in wides.graph.nodes:
+        if not is_op(node, "Shape", "Size"):
+            continue
+        source = node.inputs[0]
+        producer = source.producer
+        if source in wides.of:
+            node.inputs[0] = wides.of[source].integers
+        elif producer is not None and producer.op == "DequantizeLinear":
+            node.inputs[0] = producer.inputs[0]
+        else:
+            quantised = [n.outputs[0] for n in source.consumers if is_op(n, "QuantizeLinear")]
+            if quantised:
+                node.inputs[0] = quantised[0]
 
 
 def _leave(wides: Wides) -> None:

@@ -53,11 +53,12 @@ def _unit(found: WideSum, sites: dict[Node, LinearSite]) -> np.float32 | None:
     """The step of one sum, a power of two times a few bits; None where nothing in it is known (a sum of unknown tensors)."""
     reach = [largest(node, sites) for node in found.sources]
     reach += [float(np.abs(c.array()).max(initial=0.0)) for c in found.constants]
-    known = [r for r in reach if r is not None and r > 0]
+    known: list[float] = [r for r in reach if r is not None and r > 0]
     if not known:
         return None
     # A power of two: the steps of LayerNormalization and of tables then divide it without remainder.
-    return np.float32(2.0 ** (frexp(max(known))[1] - _OPERAND_BITS))
+    unit: np.float32 = np.float32(2.0 ** (frexp(max(known))[1] - _OPERAND_BITS))
+    return unit
 
 
 def largest(node: Node, sites: dict[Node, LinearSite]) -> float | None:

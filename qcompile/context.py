@@ -134,6 +134,11 @@ class Context:
     progress: Callable[[str], None] | None = None
 
     @property
+    def measures(self) -> bool:
+        """Whether passes may decide by errors measured on `samples`: real data, and more effort than `fast`."""
+        return bool(self.samples) and not self.synthetic and self.settings.effort != "fast"
+
+    @property
     def activations(self) -> ActivationType:
         """The integer type of activations for the target."""
         return ACTIVATIONS[self.settings.target]

@@ -1,4 +1,4 @@
-"""What integer kernels read in 8 bits: the operands of attention's products, and both ends of a function done by table.
+"""What integer kernels read in 8 bits: the operands of attention's products, and the input of a function done by table.
 
 In `qdq` these tensors are float; in `qoperator` and `integer` they are quantised, and what lies between them (Softmax, residual
 sums, LayerNormalization) is computed in wider integers (`passes.lower_wide`).
@@ -39,8 +39,8 @@ TABULATED = frozenset(
 _HEADS = ("Sigmoid",)
 
 
-def kernel_operands(graph: Graph, settings: Settings) -> Iterator[Value]:
-    """Tensors that the formats with integer kernels quantise besides what linear nodes read and write."""
+def kernel_operands(graph: Graph, settings: Settings) -> Iterator[tuple[Node, int]]:
+    """(node, input) of what formats with integer kernels read in 8 bits, besides the inputs of linear nodes."""
     if not settings.integer_kernels:
         return
     for node in graph.nodes:
@@ -48,8 +48,8 @@ def kernel_operands(graph: Graph, settings: Settings) -> Iterator[Value]:
             continue
         if node.op == "MatMul":
             yield from _product_operands(node)
-        elif node.op in TABULATED and not (settings.format == "qoperator" and is_head(graph, node)):
-            yield from (t for t in (node.inputs[0], node.outputs[0]) if _float(t))
+        elif node.op in TABULATED and _float(node.inputs[0]) and not (settings.format == "qoperator" and is_head(graph, node)):
+            yield node, 0
 
 
 def is_head(graph: Graph, node: Node) -> bool:
@@ -57,14 +57,14 @@ def is_head(graph: Graph, node: Node) -> bool:
     return node.op in _HEADS and graph.is_output(node.outputs[0])
 
 
-def _product_operands(node: Node) -> Iterator[Value]:
+def _product_operands(node: Node) -> Iterator[tuple[Node, int]]:
     """Of a product of two computed tensors: both, but not the probabilities of a Softmax, which has a kernel of its own."""
     if any(isinstance(t, Const) for t in node.inputs):
         return
-    for tensor in node.inputs:
+    for index, tensor in enumerate(node.inputs):
         producer = tensor.producer
         if _float(tensor) and not (producer is not None and producer.op == "Softmax"):
-            yield tensor
+            yield node, index
 
 
 def _float(tensor: Value | Const) -> bool:

@@ -97,8 +97,8 @@ class _Placer:
             self._want(node.inputs[0])
             if node.op == "Conv":
                 self._want(self._final(node.outputs[0]))
-        for tensor in kernel_operands(self.graph, self.settings):
-            self._want(tensor)
+        for node, index in kernel_operands(self.graph, self.settings):
+            self._want(node.inputs[index])
         result.folded = {
             n
             for n in result.folded

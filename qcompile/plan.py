@@ -57,8 +57,8 @@ class LinearSite:
     """An integer Conv or Gemm. `result` is None where it ends in float. Its weights' channel axis is `axis`;
     `weight_scale` and `stored`, its scales and integers, are there from `round_weights` on. `output` names the float model's
     tensor that it computes, folded Relu/Clip included. `method`: how its weights were rounded; `gain_db`: what that gained over
-    round to nearest on the layer's own output, where it was measured. `unit`: where the result is added to others in wide integers,
-    what one step of those is worth; every Sx*Sw is then a whole multiple of it."""
+    round to nearest on the layer's own output, where it was measured. `unit`: where the result is added to others in wide
+    integers, what one step of those is worth; every Sx*Sw is then a whole multiple of it."""
 
     node: Node
     source: ScaleClass
