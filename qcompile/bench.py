@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from qcompile.check import ROUNDS, SLOT_SECONDS, made_up_feeds, paired_inputs
+from qcompile.check import ROUNDS, SLOT_SECONDS, Progress, made_up_feeds, paired_inputs
 from qcompile.cold_start import measure_cold_starts
 from qcompile.data import load_dataset
 from qcompile.errors import DataError, InputError, ModelError
@@ -48,6 +48,7 @@ def bench_models(
     threads: int = 1,
     cold: bool = True,
     profile: bool = True,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Time models in turn on the first sample of `data_spec`, or on made-up feeds.
 
@@ -68,8 +69,11 @@ def bench_models(
     peak_model, peak_feeds = _peak_model(PEAK_SIZE)
     slot = SLOT_SECONDS if seconds is None else seconds / rounds
     together: list[str | Path | onnx.ModelProto] = [*paths, peak_model]
+    tell = progress or _silent
+    tell("latency", 0, None)
     timed = measure_latency(together, [*feeds, peak_feeds], rounds=rounds, slot_seconds=slot, threads=threads)
     peak_gops = 2 * PEAK_SIZE**3 / timed.median_ms[-1] / 1e6
+    tell("cold starts", 0, None)
     starts = measure_cold_starts(paths, feeds, threads=threads) if cold else [None] * len(paths)
     rows = []
     for index, path in enumerate(paths):
@@ -81,6 +85,7 @@ def bench_models(
         row["speedup"] = {"median": speedup.median, "low": speedup.low, "high": speedup.high}
         row |= _arithmetic(path, feeds[index], timed.median_ms[index], peak_gops)
         start = starts[index]
+        tell("operators", index, len(paths))
         row["cold_start"] = None if start is None else asdict(start)
         row["operators"] = [asdict(o) for o in operator_times(path, feeds[index], threads)] if profile else None
         rows.append(row)
@@ -94,6 +99,10 @@ def bench_models(
         sizes = first["size_bytes"], second["size_bytes"]
         found["size_bytes"] = {"float": sizes[0], "quantised": sizes[1], "ratio": sizes[1] / sizes[0]}
     return found
+
+
+def _silent(stage: str, done: int, total: int | None) -> None:
+    """Progress that nobody sees."""
 
 
 def operator_times(path: str | Path, feeds: Feeds, threads: int = 1, *, runs: int = _PROFILED_RUNS) -> list[OperatorTime]:

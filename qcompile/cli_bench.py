@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from qcompile.cli_common import FILE, PREPROCESS, QUIET, REPORT, TRACEBACK, check_report
-from qcompile.printing import console, print_bench
+from qcompile.printing import TerminalProgress, console, print_bench
 from qcompile.report_file import write_report
 
 
@@ -41,7 +41,9 @@ def bench(
     check_report(report, *models)
     from qcompile.bench import bench_models
 
-    found = bench_models(*models, data_spec=data, preprocess=preprocess, cold=not no_cold, profile=not no_profile, **options)
+    with TerminalProgress(quiet=quiet) as progress:
+        options |= {"cold": not no_cold, "profile": not no_profile, "progress": progress}
+        found = bench_models(*models, data_spec=data, preprocess=preprocess, **options)
     if report is not None:
         write_report(found, report)
     if not quiet:

@@ -16,13 +16,6 @@ from qcompile.html_data import Details, Histogram, Layer, WorstSample
 
 _BLUE, _ORANGE, _RED, _GREY = "#2266aa", "#c4641a", "#b3261e", "#8a8f98"
 _MOST_POINTS = 800
-_STYLE = {
-    "svg.fonttype": "none",
-    "font.family": "sans-serif",
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-}
 _SERIAL = re.compile(r'(xlink:href="#|id="|url\(#)')
 
 
@@ -61,15 +54,16 @@ def histogram(found: Histogram, key: str, described: str) -> Markup:
 
 
 def timeline(passes: Sequence[Mapping[str, Any]], described: str) -> Markup:
-    """When each pass ran, one bar a pass."""
-    figure = _figure(8, max(1.6, 0.24 * len(passes) + 0.6))
-    axes = figure.subplots()
-    seconds = [float(entry.get("seconds") or 0.0) for entry in passes]
+    """When each pass ran, one bar a pass; passes that took less than a two-hundredth of the time are left to the table."""
+    seconds = np.array([float(entry.get("seconds") or 0.0) for entry in passes])
     starts = np.concatenate([[0.0], np.cumsum(seconds)[:-1]])
-    y = np.arange(len(passes))
-    axes.barh(y, seconds, left=starts, color=_BLUE)
-    axes.set_yticks(y, [str(entry["name"]) for entry in passes], fontsize=8)
-    axes.invert_yaxis()
+    shown = np.flatnonzero(seconds >= seconds.sum() / 200)
+    figure = _figure(8, max(1.6, 0.26 * len(shown) + 0.6))
+    axes = figure.subplots()
+    y = np.arange(len(shown))
+    axes.barh(y, seconds[shown], left=starts[shown], color=_BLUE)
+    axes.set_yticks(y, [str(passes[i]["name"]) for i in shown.tolist()], fontsize=8)
+    axes.set_ylim(len(shown) - 0.4, -0.6)
     axes.set_xlabel("seconds")
     return _svg(figure, "timeline", described)
 
@@ -83,7 +77,7 @@ def paired_bars(before: Mapping[str, float], after: Mapping[str, float], unit: s
     axes.barh(y - 0.2, [before.get(n, 0.0) for n in names], height=0.38, color=_GREY, label="float")
     axes.barh(y + 0.2, [after.get(n, 0.0) for n in names], height=0.38, color=_BLUE, label="quantised")
     axes.set_yticks(y, names, fontsize=8)
-    axes.invert_yaxis()
+    axes.set_ylim(len(names) - 0.4, -0.6)
     axes.set_xlabel(unit)
     axes.legend(fontsize=8, loc="lower right")
     return _svg(figure, key, described)
@@ -106,7 +100,7 @@ def figures(report: Mapping[str, Any], details: Details) -> dict[str, Any]:
     """All figures of a report, by the name that the page uses."""
     worst = [entry.layer.name for entry in details.worst]
     found: dict[str, Any] = {"layers": None, "timeline": None, "times": None, "sizes": None}
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(_style()):
         if details.layers:
             found["layers"] = layer_chart(details.layers, worst, f"SQNR of {len(details.layers)} layers in graph order")
         if report.get("passes"):
@@ -129,6 +123,17 @@ def figures(report: Mapping[str, Any], details: Details) -> dict[str, Any]:
             for i, s in enumerate(details.samples)
         ]
     return found
+
+
+def _style() -> Any:
+    """matplotlib's settings of all figures."""
+    return {
+        "svg.fonttype": "none",
+        "font.family": "sans-serif",
+        "font.size": 10,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+    }
 
 
 def _figure(width: float, height: float) -> Figure:
