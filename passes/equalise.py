@@ -56,7 +56,8 @@ class Equalise:
             return report
         graph.infer_shapes()
         linears = set(place(graph, context.settings).linears)
-        excluded = frozenset(n for n in graph.nodes if context.settings.excluded(n.name))
+        settings = context.settings
+        excluded = frozenset(n for n in graph.nodes if settings.excluded(n.name) or settings.range_for(n.name) is not None)
         streams = []
         for stream in channel_streams(graph, excluded):
             quantised = [t for t in stream.channels if t.name in context.observers]

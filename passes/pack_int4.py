@@ -22,7 +22,7 @@ from qcompile.rewrite import Exact, Promise, Report
 
 @dataclass(frozen=True)
 class PackInt4:
-    """Pack the weights of integer linear nodes and embedding tables; fires for `--bits 4` only.
+    """Pack the weights of integer linear nodes and embedding tables; fires where 4 bits are asked for.
 
     Layers raised to 8 bits keep their int8 weights."""
 
@@ -32,11 +32,11 @@ class PackInt4:
     def run(self, graph: Graph, context: Context) -> Report:
         """Rewrites: one a weight tensor. A weight outside [-8, 7] is refused."""
         report = Report()
-        if context.settings.bits != 4:
+        if 4 not in context.settings.widths:
             return report
         wanted = _wanted(graph, context)
         for const in [c for c in graph.constants.values() if c.elem_type == TensorProto.INT8]:
-            if const.name not in wanted and not _is_table(const):
+            if const.name not in wanted and not (context.settings.bits == 4 and _is_table(const)):
                 continue
             values = const.array()
             if values.min(initial=0) < -8 or values.max(initial=0) > 7:

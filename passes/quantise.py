@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from onnx import TensorProto, helper
 
-from qcompile.context import Context
-from qcompile.errors import ModelError
+from qcompile.context import Context, matches
+from qcompile.errors import InputError, ModelError
 from qcompile.graph import Graph, Node, Tensor, Value
 from qcompile.kernel_operands import TABULATED, kernel_operands
 from qcompile.passes._flat_ends import bent_range
@@ -77,6 +77,7 @@ class Inserter:
         self.integers: dict[Tensor, Value] = {}
         self.dequantised: dict[Tensor, Value] = {}
         self.bounds: dict[Tensor, tuple[float, float]] = {}
+        self.ranges_used: set[str] = set()
 
     def run(self) -> int:
         """Returns the number of pairs."""
@@ -149,6 +150,9 @@ class Inserter:
             self.class_of[tensor] = by_leader[root]
         for root, place_ in by_leader.items():
             self._range(place_, [t for t in leader if find(t) is root])
+        for pattern, low, high in self.context.settings.node_ranges:
+            if pattern not in self.ranges_used:
+                raise InputError(f"[nodes] {pattern}: range [{low:g}, {high:g}]: no quantised tensor comes from such a node")
 
     def _range(self, place_: ScaleClass, members: list[Tensor]) -> None:
         kind = self.context.activations
@@ -162,7 +166,14 @@ class Inserter:
         """The range of a class, by calibration, and the bounds that it carries."""
         context = self.context
         observers = [context.observers[t.name] for t in members if t.name in context.observers]
-        place_.low, place_.high = choose_range(observers, context.settings.ranges)
+        asked = [context.settings.range_for(t.name if t.producer is None else t.producer.name) for t in members]
+        wanted = [bounds for bounds in asked if bounds is not None]
+        if wanted:
+            names = [t.name if t.producer is None else t.producer.name for t in members]
+            self.ranges_used |= {p for p, *_ in context.settings.node_ranges if any(matches(n, p) for n in names)}
+            place_.low, place_.high, place_.given = *wanted[-1], True
+        else:
+            place_.low, place_.high = choose_range(observers, context.settings.ranges)
         sources = [t for t in members if t.name in context.observers]
         if sources and all(t in self.bounds for t in sources):
             place_.floor = min(self.bounds[t][0] for t in sources)

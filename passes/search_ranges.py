@@ -92,6 +92,7 @@ def _decided_by(plan: Plan, original: Graph) -> object:
 
 def _measure(plan: Plan, original: Graph, context: Context, samples: int) -> dict[ScaleClass, _Errors]:
     fixed = {name for name, observer in context.observers.items() if observer.fixed}
+    fixed |= {name for place in plan.classes if place.given for name in place.tensors}
     classes = {name: place for place in plan.classes if fixed.isdisjoint(place.tensors) for name in place.tensors}
     integer = {n.name for n in [*(s.node for s in plan.linears), *(s.node for s in plan.adds), *(s.node for s in plan.pools)]}
     picked = context.samples[:: max(1, len(context.samples) // samples)][:samples]

@@ -58,7 +58,7 @@ class Smooth:
             return report
         graph.infer_shapes()
         placement = place(graph, context.settings)
-        groups = [g for g in _groups(placement) if not _settled(g, context)]
+        groups = [g for g in _groups(placement) if not _settled(g, context) and not _given(g, context)]
         plans = _Targets(graph, context, placement, self.insert).plans(groups, report)
         stream = Stream(graph, context.samples)
         chosen: list[tuple[_Group, Array]] = []
@@ -94,6 +94,12 @@ class Smooth:
             if error < least:
                 best, least = scale, error
         return best
+
+
+def _given(group: _Group, context: Context) -> bool:
+    """Whether the range of x is a user's: it then stays what it is."""
+    source = group.x.producer
+    return context.settings.range_for(group.x.name if source is None else source.name) is not None
 
 
 @dataclass

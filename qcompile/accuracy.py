@@ -81,8 +81,23 @@ class Accuracy:
         }
 
 
+@dataclass(frozen=True)
+class Evidence:
+    """What each sample said, for intervals and for the samples that changed most.
+
+    signal, noise: sums of f^2 and (f-q)^2 over its float outputs, one a feed. agreed, float_right, quantised_right: one a row
+    (empty where the outputs hold no classes, or there are no labels).
+    """
+
+    signal: Array
+    noise: Array
+    agreed: Array
+    float_right: Array
+    quantised_right: Array
+
+
 class Comparison:
-    """Accumulates the outputs of two models over samples in O(1) memory; `result` may be asked for at any time."""
+    """Accumulates the outputs of two models over samples; `result` may be asked for at any time. Holds some bytes a sample."""
 
     def __init__(self) -> None:
         self._feeds = 0
@@ -92,6 +107,8 @@ class Comparison:
         self._head: str | None = None  # the output with the classes; the first sample decides
         self._labelled: bool | None = None
         self._rows = self._agreed = self._float_right = self._quantised_right = self._lost = self._won = 0
+        self._sums: list[tuple[float, float]] = []
+        self._by_row: tuple[list[Array], list[Array], list[Array]] = ([], [], [])  # agreed, right in float, right quantised
 
     def update(
         self,
@@ -109,8 +126,12 @@ class Comparison:
         missing = sorted(set(float_outputs) ^ set(quantised_outputs))
         if missing:
             raise ModelError(f"output '{missing[0]}' is in one of the two models only; compare models of one origin")
+        before = self._signal, self._noise
+        self._signal = self._noise = 0.0
         for name, f in float_outputs.items():
             self._add_output(name, f, quantised_outputs[name])
+        self._sums.append((self._signal, self._noise))
+        self._signal, self._noise = before[0] + self._signal, before[1] + self._noise
         if self._labelled not in (None, label is not None):
             raise DataError(f"sample {self._feeds}: some samples have labels and some have none; label all or none")
         self._labelled = label is not None
@@ -141,6 +162,12 @@ class Comparison:
             won=self._won if scores else None,
             identical=self._identical,
         )
+
+    def evidence(self) -> Evidence:
+        """Sample by sample, what `result` sums up."""
+        sums = np.array(self._sums, np.float64).reshape(-1, 2)
+        agreed, right, still_right = (np.concatenate([np.zeros(0, bool), *rows]) for rows in self._by_row)
+        return Evidence(sums[:, 0], sums[:, 1], agreed, right, still_right)
 
     def _add_output(self, name: str, f: Array, q: Array) -> None:
         kind, other = _kind(name, f), _kind(name, q)
@@ -180,7 +207,7 @@ class Comparison:
         feeds: Feeds | None,
     ) -> None:
         if self._feeds == 0:
-            self._head = _class_output(float_outputs, labelled=label is not None, feeds=feeds)
+            self._head = class_output(float_outputs, labelled=label is not None, feeds=feeds)
         name = self._head
         if name is None:
             if label is not None:
@@ -192,10 +219,13 @@ class Comparison:
         float_top, quantised_top = _top(float_outputs[name]), _top(quantised_outputs[name])
         self._rows += len(float_top)
         self._agreed += int((float_top == quantised_top).sum())
+        self._by_row[0].append(float_top == quantised_top)
         if label is None:
             return
-        truth = _labels(label, len(float_top), name, _class_count(float_outputs[name]), self._feeds)
+        truth = class_labels(label, len(float_top), name, _class_count(float_outputs[name]), self._feeds)
         float_right, quantised_right = float_top == truth, quantised_top == truth
+        self._by_row[1].append(float_right)
+        self._by_row[2].append(quantised_right)
         self._float_right += int(float_right.sum())
         self._quantised_right += int(quantised_right.sum())
         self._lost += int((float_right & ~quantised_right).sum())
@@ -227,13 +257,15 @@ def compare(
     on_sample: Callable[[], None] | None = None,
     float_feeds: FeedsMap | None = None,
     quantised_feeds: FeedsMap | None = None,
+    comparison: Comparison | None = None,
 ) -> Accuracy:
     """Run both models on every sample, one at a time, and measure the second against the first.
 
     `float_feeds` and `quantised_feeds` turn a sample's feeds into those of the model, where one takes its inputs in another
-    form (`--inputs-as uint8`). `on_sample` is called after each sample (progress). Errors as `Comparison` and `Session`.
+    form (`--inputs-as uint8`). `on_sample` is called after each sample (progress). `comparison`: what gathers the outputs, for
+    one that is asked for more than the result. Errors as `Comparison` and `Session`.
     """
-    comparison = Comparison()
+    comparison = Comparison() if comparison is None else comparison
     for sample in samples:
         for_float = float_feeds(sample.feeds) if float_feeds else sample.feeds
         for_quantised = quantised_feeds(sample.feeds) if quantised_feeds else sample.feeds
@@ -263,7 +295,8 @@ def _squeezed(array: Array) -> Array:
     return array
 
 
-def _class_output(outputs: Mapping[str, Array], *, labelled: bool, feeds: Feeds | None) -> str | None:
+def class_output(outputs: Mapping[str, Array], *, labelled: bool, feeds: Feeds | None) -> str | None:
+    """Name of the output that holds the classes, by the rules at the module's head; None where there is none."""
     floats = [name for name, array in outputs.items() if array.dtype.kind == "f"]
     if not floats:
         return next(iter(outputs), None)
@@ -293,7 +326,16 @@ def _class_count(output: Array) -> int | None:
     return _squeezed(output).shape[-1] if output.dtype.kind == "f" else None
 
 
-def _labels(label: int | Array, rows: int, name: str, classes: int | None, sample: int) -> Array:
+def classes_of(output: Array) -> Array:
+    """[rows, classes] of a float output that holds classes."""
+    logits = _squeezed(output)
+    return logits.reshape(-1, logits.shape[-1])
+
+
+def class_labels(label: int | Array | None, rows: int, name: str, classes: int | None, sample: int) -> Array:
+    """[rows] class ids. Raises DataError where they are none, too few or too many, or out of range."""
+    if label is None:
+        raise DataError(f"sample {sample}: no label; this metric compares with the true answers")
     labels = np.asarray(label).reshape(-1)
     if labels.dtype.kind not in "iu":
         raise DataError(f"sample {sample}: labels are {labels.dtype}, not integer class ids; give --eval data without labels")

@@ -14,7 +14,7 @@ from statistics import NormalDist
 import numpy as np
 
 from qcompile.errors import DataError, InputError
-from qcompile.verdict import Outcome, too_few, two_figures
+from qcompile.statistics import CONFIDENCE, Outcome, advice, round_up
 
 _BISECTIONS = 50
 _MOST_SAMPLES = 1_000_000  # beyond this "more samples" is no advice
@@ -42,7 +42,7 @@ class AgreementVerdict:
 
 
 def judge_agreement(
-    agreed: int, samples: int, least: float, *, identical: bool = False, confidence: float = 0.95
+    agreed: int, samples: int, least: float, *, identical: bool = False, confidence: float = CONFIDENCE
 ) -> AgreementVerdict:
     """Decide whether the share of samples that keep their class is at least `least`.
 
@@ -63,11 +63,11 @@ def judge_agreement(
     if high < least:
         return AgreementVerdict("fail", share, low, high, confidence, samples, None, f"{about}, below limit {least:g}")
     needed = _samples_needed(agreed, samples, least, confidence)
-    reason = f"{about}, limit {least:g}: {too_few(samples, needed)}"
+    reason = f"{about}, limit {least:g}: {samples} samples are too few; {advice(needed)}"
     return AgreementVerdict("inconclusive", share, low, high, confidence, samples, needed, reason)
 
 
-def agreement_interval(agreed: int, samples: int, *, confidence: float = 0.95) -> tuple[float, float]:
+def agreement_interval(agreed: int, samples: int, *, confidence: float = CONFIDENCE) -> tuple[float, float]:
     """Two-sided mid-p interval of a binomial share."""
     tail = (1 - confidence) / 2
     lost = samples - agreed  # the smaller count as a rule: the sums below run over 0 .. lost
@@ -104,4 +104,5 @@ def _samples_needed(agreed: int, samples: int, least: float, confidence: float) 
     z = NormalDist().inv_cdf(0.5 + confidence / 2)
     if distance * distance * _MOST_SAMPLES <= z * z * least * (1 - least):
         return None
-    return two_figures(max(samples + 1, math.ceil(z * z * least * (1 - least) / (distance * distance))))
+    needed = max(samples + 1, math.ceil(z * z * least * (1 - least) / (distance * distance)))
+    return round_up(needed)

@@ -16,7 +16,14 @@ from qcompile.printing import ReaderGone
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
 _BROKEN_PIPE = 141  # 128 + SIGPIPE
 _DEFAULT = "compile"
-_USAGE = ("MODEL [OPTIONS]", "check FLOAT QUANTISED --eval SPEC", "inspect MODEL", "bench FLOAT QUANTISED", "passes")
+_USAGE = (
+    "MODEL [OPTIONS]",
+    "check FLOAT QUANTISED --eval SPEC",
+    "inspect MODEL",
+    "bench MODEL...",
+    "diff A B --eval SPEC",
+    "passes",
+)
 
 
 @dataclass

@@ -43,8 +43,9 @@ class Settings:
 
     format: qdq | qoperator | integer; target: any | vnni | arm | tensorrt; ranges: mse | minmax | percentile;
     effort: fast | default | best.
-    exclude: node names or shell patterns that stay float. raised: (node, bits) of layers that a limit on the result needs to have
-    more bits than the others, `FLOAT_BITS` for float. weight_only: set where activations stay float.
+    exclude: node names or shell patterns that stay float. node_bits, node_ranges: (name or pattern, bits) and (name or pattern,
+    low, high) that a user gives; the last that matches counts. raised: (node, bits) of layers that a limit on the result needs
+    to have more bits than the others, `FLOAT_BITS` for float. weight_only: set where activations stay float.
     inline: functions of the integer format are written out. io: float | integer, the type of its inputs and outputs.
     kernels: table | ibert, how integer formats compute GELU and the exponentials of Softmax.
     """
@@ -61,6 +62,8 @@ class Settings:
     seed: int = 0
     weight_only: WeightOnly | None = None
     raised: tuple[tuple[str, int], ...] = ()
+    node_bits: tuple[tuple[str, int], ...] = ()
+    node_ranges: tuple[tuple[str, float, float], ...] = ()
     inline: bool = False
     io: str = "float"
     kernels: str = "table"
@@ -75,9 +78,20 @@ class Settings:
         """The largest magnitude of an integer weight where nothing is raised: 127, or 7 for 4 bits."""
         return int(2 ** (self.bits - 1) - 1)
 
+    @property
+    def widths(self) -> frozenset[int]:
+        """All widths of weights that are asked for."""
+        return frozenset({self.bits, *(bits for _, bits in self.node_bits)})
+
     def bits_for(self, name: str) -> int:
         """The width of node `name`'s weights."""
-        return dict(self.raised).get(name, self.bits)
+        asked = [bits for pattern, bits in self.node_bits if matches(name, pattern)]
+        return dict(self.raised).get(name, asked[-1] if asked else self.bits)
+
+    def range_for(self, name: str) -> tuple[float, float] | None:
+        """(low, high) that is asked for the output of node `name`, or for the graph input of that name; None: none is."""
+        asked = [(low, high) for pattern, low, high in self.node_ranges if matches(name, pattern)]
+        return asked[-1] if asked else None
 
     def top_for(self, name: str) -> int:
         """The largest magnitude of an integer weight of node `name`."""
@@ -85,8 +99,13 @@ class Settings:
 
     def excluded(self, name: str) -> bool:
         """Whether node `name` is to stay float."""
-        patterns = any(name == pattern or fnmatchcase(name, pattern) for pattern in self.exclude)
+        patterns = any(matches(name, pattern) for pattern in self.exclude)
         return patterns or self.bits_for(name) == FLOAT_BITS
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether node `name` is named by `pattern`, a name or a shell pattern."""
+    return name == pattern or fnmatchcase(name, pattern)
 
 
 @dataclass

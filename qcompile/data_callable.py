@@ -29,9 +29,9 @@ class CallableSource:
         self._spec = f"{module}:{function}"
         self._path = Path(module) if module.endswith(".py") else None
         self._directory = str(self._path.resolve().parent if self._path else Path.cwd())
-        with self._user_code("importing it"):
+        with user_code(self._spec, self._directory, "importing it"):
             loaded = _load_file(self._path, self._spec) if self._path else _load_module(module, self._spec)
-        self._function = _find(loaded, function, self._spec)
+        self._function = _without_arguments(_find(loaded, function, self._spec), self._spec)
 
     @property
     def count(self) -> int | None:
@@ -42,11 +42,11 @@ class CallableSource:
         """All rows, in the order in which the function gives them; it cannot pick `indices`."""
         if indices is not None:
             raise ValueError("a callable has no known indices")
-        with self._user_code("calling it"):
+        with user_code(self._spec, self._directory, "calling it"):
             iterator = self._start()
         index = 0
         while True:
-            with self._user_code(f"asking it for sample {index}"):
+            with user_code(self._spec, self._directory, f"asking it for sample {index}"):
                 item = next(iterator, _END)
             if item is _END:
                 return
@@ -61,19 +61,31 @@ class CallableSource:
             raise DataError(f"{self._spec}: returned {what}; it must yield feeds or return a list of feeds")
         return iter(result)
 
-    @contextmanager
-    def _user_code(self, doing: str) -> Iterator[None]:
-        sys.path.insert(0, self._directory)
-        try:
-            yield
-        except DataError:
-            raise
-        except (Exception, SystemExit) as error:
-            said = " ".join(str(error).split())
-            raise DataError(f"{self._spec}: {doing} raised {type(error).__name__}: {said}") from error
-        finally:
-            if self._directory in sys.path:
-                sys.path.remove(self._directory)
+
+def load_function(spec: str) -> tuple[Callable[..., Any], str]:
+    """The function `file.py:function` or `package.module:function`, and the directory its code runs with. Raises DataError."""
+    module, _, function = spec.rpartition(":")
+    path = Path(module) if module.endswith(".py") else None
+    directory = str(path.resolve().parent if path else Path.cwd())
+    with user_code(spec, directory, "importing it"):
+        loaded = _load_file(path, spec) if path else _load_module(module, spec)
+    return _find(loaded, function, spec), directory
+
+
+@contextmanager
+def user_code(spec: str, directory: str, doing: str) -> Iterator[None]:
+    """Run a user's code with `directory` first on the import path; what it raises becomes a DataError that names `spec`."""
+    sys.path.insert(0, directory)
+    try:
+        yield
+    except DataError:
+        raise
+    except (Exception, SystemExit) as error:
+        said = " ".join(str(error).split())
+        raise DataError(f"{spec}: {doing} raised {type(error).__name__}: {said}") from error
+    finally:
+        if directory in sys.path:
+            sys.path.remove(directory)
 
 
 _END = object()
@@ -115,7 +127,7 @@ def _load_module(name: str, spec: str) -> ModuleType:
         raise DataError(f"{spec}: no module named {error.name!r}; give file.py:function or install it") from error
 
 
-def _find(module: ModuleType, function: str, spec: str) -> Callable[[], Any]:
+def _find(module: ModuleType, function: str, spec: str) -> Callable[..., Any]:
     found: Any = module
     for part in function.split("."):
         if not hasattr(found, part):
@@ -124,6 +136,10 @@ def _find(module: ModuleType, function: str, spec: str) -> Callable[[], Any]:
         found = getattr(found, part)
     if not callable(found):
         raise DataError(f"{spec}: {function!r} is a {type(found).__name__}, not a function")
+    return found  # type: ignore[no-any-return]
+
+
+def _without_arguments(found: Callable[..., Any], spec: str) -> Callable[[], Any]:
     try:
         parameters = inspect.signature(found).parameters.values()
     except (ValueError, TypeError):  # some builtins have no signature; a call then tells
@@ -131,4 +147,4 @@ def _find(module: ModuleType, function: str, spec: str) -> Callable[[], Any]:
     needed = [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     if needed:
         raise DataError(f"{spec}: takes the argument {needed[0]!r}; it must be callable without arguments")
-    return found  # type: ignore[no-any-return]
+    return found

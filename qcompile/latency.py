@@ -102,6 +102,12 @@ def measure_latency(
     )
 
 
+def median_interval(times: Sequence[float], *, confidence: float = 0.95) -> tuple[float, float, float]:
+    """(low, high, confidence) of the median: the sign interval, as in `paired_ratio`."""
+    found = paired_ratio(times, [1.0] * len(times), confidence=confidence)
+    return found.low, found.high, found.confidence
+
+
 def paired_ratio(first: Sequence[float], other: Sequence[float], *, confidence: float = 0.95) -> Ratio:
     """Median of first/other over pairs, with the narrowest sign interval of at least `confidence`, or the widest there is."""
     ratios = np.sort(np.asarray(first, np.float64) / np.asarray(other, np.float64))

@@ -9,7 +9,10 @@ from typing import Any
 from qcompile.accuracy import Accuracy
 from qcompile.agreement import judge_agreement
 from qcompile.check import judge
-from qcompile.errors import DataError
+from qcompile.errors import DataError, InputError
+from qcompile.statistics import Outcome
+
+ON_INCONCLUSIVE = ("fail", "pass")
 
 
 @dataclass(frozen=True)
@@ -17,11 +20,17 @@ class Limits:
     """max_drop: percentage points of accuracy; min_agreement: share of samples that keep their class. None: no limit.
 
     max_requant_loss: of an imported Q/DQ model, the least SQNR of the result against it in dB. It raises no layer.
+    on_inconclusive: fail | pass, what samples that cannot decide mean.
     """
 
     max_drop: float | None = None
     min_agreement: float | None = None
     max_requant_loss: float | None = None
+    on_inconclusive: str = "fail"
+
+    def __post_init__(self) -> None:
+        if self.on_inconclusive not in ON_INCONCLUSIVE:
+            raise InputError(f"--on-inconclusive {self.on_inconclusive}: choose one of {', '.join(ON_INCONCLUSIVE)}")
 
     @property
     def given(self) -> bool:
@@ -56,20 +65,20 @@ class Limits:
         return True
 
     def verdicts(self, accuracy: Accuracy) -> tuple[dict[str, Any], str | None]:
-        """The report's `verdict` and `agreement_verdict`, and the reason of the first that failed (None: none did)."""
+        """The report's `verdict` and `agreement_verdict`, and the reason of the first that broke its limit (None: none did)."""
         self.holds(accuracy)
         found: dict[str, Any] = {}
-        broken = None
+        broken = []
+        if self.max_drop is not None:
+            verdict = judge(accuracy, self.max_drop)
+            found["verdict"] = verdict.as_json()
+            broken += self._broken(f"--max-drop {self.max_drop:g}", verdict.outcome, verdict.reason)
         if self.min_agreement is not None:
             agreed = round((accuracy.top1_agreement or 0.0) * accuracy.samples)
             agreement = judge_agreement(agreed, accuracy.samples, self.min_agreement, identical=accuracy.identical)
             found["agreement_verdict"] = agreement.as_json()
-            broken = f"--min-agreement {self.min_agreement:g}: {agreement.reason}" if agreement.outcome == "fail" else None
-        if self.max_drop is not None:
-            verdict = judge(accuracy, self.max_drop)
-            found["verdict"] = verdict.as_json()
-            broken = f"--max-drop {self.max_drop:g}: {verdict.reason}" if verdict.outcome == "fail" else broken
-        return found, broken
+            broken += self._broken(f"--min-agreement {self.min_agreement:g}", agreement.outcome, agreement.reason)
+        return found, next(iter(broken), None)
 
     def requant_loss(self, accuracy: Accuracy | None) -> str | None:
         """Why `max_requant_loss` is broken, None where it holds or was not asked for; no difference at all always holds."""
@@ -77,3 +86,11 @@ class Limits:
         if least is None or accuracy is None or accuracy.sqnr_db is None or accuracy.sqnr_db >= least:
             return None
         return f"--max-requant-loss {least:g}: {accuracy.sqnr_db:.2f} dB against the imported model on {accuracy.samples} samples"
+
+    def _broken(self, limit: str, outcome: Outcome, reason: str) -> list[str]:
+        return [f"{limit}: {reason}"] if breaks(outcome, self.on_inconclusive) else []
+
+
+def breaks(outcome: Outcome, on_inconclusive: str) -> bool:
+    """Whether an outcome is one for exit status 3."""
+    return outcome == "fail" or (outcome == "inconclusive" and on_inconclusive == "fail")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
-from qcompile.context import Settings, WeightOnly
+from qcompile.context import Settings, WeightOnly, matches
 from qcompile.errors import InputError
 
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -25,8 +26,10 @@ def check_settings(settings: Settings, max_drop: float | None, has_evaluation: b
     """Raise InputError for a value that is not offered, or options that cannot go together."""
     if settings.bits not in (4, 8):
         raise InputError(f"--bits {settings.bits}: this version writes weights of 8 or 4 bits; use one of them")
-    if settings.bits == 4 and settings.opset is not None and settings.opset < 21:
+    if 4 in settings.widths and settings.opset is not None and settings.opset < 21:
         raise InputError(f"--bits 4 --opset {settings.opset}: INT4 tensors need opset 21; leave --opset out")
+    if settings.weight_only is not None and (settings.node_bits or settings.node_ranges):
+        raise InputError("--activations float: bits and range of single nodes are for integer activations; leave them out")
     for name, offered in CHOICES.items():
         if getattr(settings, name) not in offered:
             raise InputError(f"--{name.replace('_', '-')} {getattr(settings, name)}: choose one of {', '.join(offered)}")
@@ -68,6 +71,20 @@ def check_import(settings: Settings, quantised: bool, max_requant_loss: float | 
         raise InputError(f"--max-requant-loss {max_requant_loss:g}: give decibels from 0 on, such as 35")
     if quantised and settings.weight_only is not None:
         raise InputError("--activations float: the model already holds Q/DQ; leave it out, or give the float model")
+
+
+def check_node_names(nodes: Sequence[str], inputs: Sequence[str], settings: Settings) -> None:
+    """Raise InputError where a name or pattern that stands for nodes of the model matches none."""
+    lists = "`qcompile inspect MODEL --nodes` lists their names"
+    for pattern in settings.exclude:
+        if not any(matches(name, pattern) for name in nodes):
+            raise InputError(f"--exclude {pattern}: no node of the model matches; {lists}")
+    for pattern in [p for p, _ in settings.node_bits]:
+        if not any(matches(name, pattern) for name in nodes):
+            raise InputError(f"[nodes] {pattern}: no node of the model matches; {lists}")
+    for pattern in [p for p, *_ in settings.node_ranges]:
+        if not any(matches(name, pattern) for name in (*nodes, *inputs)):
+            raise InputError(f"[nodes] {pattern}: no node and no input of the model matches; {lists}")
 
 
 def weight_only_of(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from itertools import islice
@@ -21,9 +21,8 @@ from qcompile.compare_targets import FREE, both_targets
 from qcompile.context import Context, Settings
 from qcompile.convert import lower_opset
 from qcompile.data import Dataset, load_dataset
-from qcompile.errors import DataError, InputError, LimitError, QcompileError
+from qcompile.errors import DataError, LimitError, QcompileError
 from qcompile.fallback import LEAST_SAMPLES, Found, Raised, Trial, search
-from qcompile.graph import Graph
 from qcompile.graph_io import forget_inner_types, load_proto, write_functions_out, write_model
 from qcompile.integer_inputs import take_integers
 from qcompile.integer_outputs import give_integers
@@ -31,8 +30,9 @@ from qcompile.limits import Limits
 from qcompile.load import Loaded, load_model
 from qcompile.made_up import make_up, make_up_for_import
 from qcompile.names import names_of, shorten_names
-from qcompile.options import check_import, check_settings, output_path, weight_only_of
+from qcompile.options import check_import, check_node_names, check_settings, output_path, weight_only_of
 from qcompile.passes import passes_for
+from qcompile.recipe import embedded, node_settings
 from qcompile.report_file import file_record, peak_rss_mb
 from qcompile.run_passes import run_passes
 from qcompile.samples import model_inputs
@@ -74,6 +74,7 @@ def compile_model(
     max_drop: float | None = None,
     min_agreement: float | None = None,
     max_requant_loss: float | None = None,
+    on_inconclusive: str = "fail",
     ranges: str = "mse",
     effort: str = "default",
     exclude: Sequence[str] = (),
@@ -94,6 +95,7 @@ def compile_model(
     latency: bool = True,
     compare_targets: bool = False,
     diagnose: bool = False,
+    nodes: Mapping[str, Mapping[str, Any]] | None = None,
     progress: Progress | None = None,
 ) -> Compiled:
     """Compile a float ONNX model to an integer one, write it and measure it against the original.
@@ -107,22 +109,28 @@ def compile_model(
     layers are raised to 8 bits, then to float, until it does; the verdict is on the other half (`qcompile.fallback`).
     max_requant_loss: of a model that already holds Q/DQ, the least SQNR in dB of the result against it. Such a model is imported:
     it keeps its scales and integers where they can be exact, and needs no `data`.
+    on_inconclusive: fail | pass, what it means for a limit that the samples can neither confirm nor refute.
     compare_targets: where target is `any`, effort is not `fast` and there is `eval_data`, also say what `vnni` would have given.
     diagnose: measure each layer's part in the error as well (the report's `layers`); the written bytes stay the same.
+    nodes: bits, float or range of single nodes, by name or pattern, as a recipe's [nodes] (see `qcompile.recipe`).
     Returns the written path and the report. Raises InputError, ModelError or DataError (exit status 2), PassError (1), and
-    LimitError (3) where the samples show that a limit is broken: the file is then kept with `.failed` before its suffix.
+    LimitError (3) where a limit is broken: the file is then kept with `.failed` before its suffix.
 
     >>> compiled = compile_model("models/digits_cnn.onnx", data="models/digits_calib.npz")  # doctest: +SKIP
     >>> compiled.report["accuracy"]["sqnr_db"]  # doctest: +SKIP
     """
+    asked = dict(locals())
     start = time.perf_counter()
+    single = node_settings(nodes or {})
     settings = Settings(
         bits=bits,
         format=format,
         target=target,
         ranges="minmax" if ranges == "mse" and (effort == "fast" or data is None) else ranges,
         effort=effort,
-        exclude=tuple(exclude),
+        exclude=(*exclude, *single.exclude),
+        node_bits=single.bits,
+        node_ranges=single.ranges,
         bias_correction=bias_correction,
         inputs_as=inputs_as,
         opset=opset,
@@ -133,7 +141,7 @@ def compile_model(
         weight_only=weight_only_of(activations, block, symmetric, spelling, accuracy_level),
     )
     check_settings(settings, max_drop, eval_data is not None, min_agreement)
-    limits = Limits(max_drop, min_agreement, max_requant_loss)
+    limits = Limits(max_drop, min_agreement, max_requant_loss, on_inconclusive)
     source = Path(model)
     path = output_path(source, output, bits)
     loaded = load_model(source)
@@ -141,7 +149,7 @@ def compile_model(
     given = _open_data(loaded, data, eval_data, samples, preprocess, settings)
     if max_drop is not None and given.evaluation is not None and not given.evaluation.has_labels:
         raise DataError("--max-drop compares with the true answers; give --eval data with labels")
-    _check_excluded(loaded.graph, settings)
+    check_node_names([n.name for n in loaded.graph.nodes], [v.name for v in loaded.graph.inputs], settings)
     compiler = _Compiler(source, path, given, diagnose or limits.given, progress)
     built = compiler.build(loaded, settings, Path(dump_passes) if dump_passes is not None else None)
     try:
@@ -158,12 +166,13 @@ def compile_model(
         measured, measured_on = _measure(source, path, given, latency, effort, progress)
         report = _report(source, path, built, audited, measured, given, limits)
         report["data"]["evaluation"] = measured_on
+        report["recipe"] = embedded(asked, compile_model)
         report["seconds"] = round(time.perf_counter() - start, 3)
         report["peak_rss_mb"] = peak_rss_mb()
         if compare_targets and target == "any" and effort != "fast" and eval_data is not None:
             again = partial(compile_model, source, format=format, target=FREE, data=data, samples=samples, eval_data=eval_data)
             again = partial(again, bits=bits, ranges=ranges, effort=effort, exclude=exclude, opset=opset, inputs_as=inputs_as)
-            again = partial(again, preprocess=preprocess, bias_correction=bias_correction, seed=seed, latency=False)
+            again = partial(again, preprocess=preprocess, bias_correction=bias_correction, seed=seed, latency=False, nodes=nodes)
             _compare_targets(path, report, again, progress)
     except BaseException:  # Ctrl-C too: a file that was never measured must not look like a result
         _discard(path)
@@ -284,13 +293,6 @@ def _open_data(
     return _Data(made_up.dataset, made_up.kind, evaluation, made_up.warnings, real=False, learn=False)
 
 
-def _check_excluded(graph: Graph, settings: Settings) -> None:
-    for pattern in settings.exclude:
-        alone = Settings(exclude=(pattern,))
-        if not any(alone.excluded(n.name) for n in graph.nodes):
-            raise InputError(f"--exclude {pattern}: no node of the model matches; `qcompile inspect MODEL` lists their names")
-
-
 def _stages(progress: Progress | None, given: _Data) -> Any:
     if progress is None:
         return None
@@ -385,7 +387,7 @@ def _plain(value: Any) -> Any:
 
 
 def _enforce(compiled: Compiled, accuracy: Accuracy, limits: Limits, found: Found[_Built]) -> Compiled:
-    """The verdict on the limits; where one is broken the file is renamed and LimitError raised. Too few samples break nothing."""
+    """The verdict on the limits; where one is broken the file is renamed and LimitError raised."""
     verdicts, broken = limits.verdicts(accuracy)
     compiled.report.update(verdicts)
     compiled.report["fallback"] = found.as_json(accuracy.samples)

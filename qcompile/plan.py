@@ -15,6 +15,7 @@ class ScaleClass:
 
     tensors: their names in the float graph. low, high: the calibrated range. ceiling, floor: bounds that the range carries in
     place of a folded Relu/Clip (None: none); where the scale reaches past them all the same, Clips on integers stand (`clamped`).
+    given: the range is a user's.
     """
 
     index: int
@@ -28,6 +29,7 @@ class ScaleClass:
     scale_const: Const | None = None
     zero_const: Const | None = None
     clamped: bool = False
+    given: bool = False
 
 
 @dataclass(eq=False)

@@ -96,17 +96,43 @@ def print_report(report: Mapping[str, Any], out: Console) -> None:
         out.print(_targets_line(report["targets"]))
     for line in _raised_lines(report):
         out.print(line)
-    for key in ("verdict", "agreement_verdict"):
-        verdict = report.get(key)
-        if verdict:
-            out.print(f"limit: {verdict['outcome']}: {verdict['reason']}")
+    for line in _limit_lines(report):
+        out.print(line)
     for warning in report.get("warnings") or ():
         out.print(f"warning: {warning}")
 
 
+def _limit_lines(report: Mapping[str, Any]) -> Iterable[str]:
+    gate = report.get("gate")
+    if gate:
+        yield from (f"limit: {entry['outcome']}: {entry['limit']}: {entry['reason']}" for entry in gate["limits"])
+        return
+    for key in ("verdict", "agreement_verdict"):
+        verdict = report.get(key)
+        if verdict:
+            yield f"limit: {verdict['outcome']}: {verdict['reason']}"
+
+
 def print_bench(bench: Mapping[str, Any], out: Console) -> None:
-    """Latency and size of two models."""
-    out.print(_result_table(bench))
+    """One row a model, then the time by operator of each."""
+    rows = []
+    for entry in bench["models"]:
+        latency, speedup, cold = entry["latency_ms"], entry["speedup"], entry["cold_start"]
+        share = None if entry["peak_share"] is None else f"{100 * entry['peak_share']:.1f} %"
+        row = [entry["path"], f"{_three(latency['median'])} ms", f"{_three(latency['low'])} to {_three(latency['high'])}"]
+        row += [f"{speedup['median']:.2f} x ({speedup['low']:.2f} to {speedup['high']:.2f})", bytes_text(entry["size_bytes"])]
+        row += ["" if entry["macs"] is None else count_text(entry["macs"]), share or "unknown"]
+        row += ["", ""] if cold is None else [f"{_three(cold['load_ms'])} ms", f"{cold['peak_rss_mb']:.0f} MB"]
+        rows.append(row)
+    columns = ("model", "median", "95 %", "as fast", "size", "MACs", "of int8 peak", "cold load", "peak memory")
+    print_rows(columns, rows, out)
+    for entry in bench["models"]:
+        shown = (entry["operators"] or [])[:_MOST_LINES]
+        if shown:
+            times = [(o["op"], o["calls"], f"{o['ms']:.4f}", f"{100 * o['share']:.1f} %") for o in shown]
+            print_rows(("operator", "calls", "ms", "share"), times, out, title=entry["path"])
+    threads = f"{bench['threads']} thread{'s' if bench['threads'] != 1 else ''}"
+    out.print(f"{threads}; int8 peak {bench['peak_gops']:.0f} GOP/s, measured by a large MatMulInteger in the same rounds")
 
 
 def print_passes(passes: Iterable[Pass], out: Console) -> None:
@@ -133,7 +159,7 @@ def print_summary(found: Summary, out: Console) -> None:
     out.print(f"formats: {', '.join(found.formats) or 'none'}")
     ops = [(op, found.integer_ops.get(op), found.float_ops.get(op)) for op in sorted({*found.integer_ops, *found.float_ops})]
     print_rows(("operator", "integer", "float"), ops, out)
-    print_rows(("stored as", "size"), [(kind, _bytes(count)) for kind, count in found.weight_bytes.items()], out)
+    print_rows(("stored as", "size"), [(kind, bytes_text(count)) for kind, count in found.weight_bytes.items()], out)
     out.print(f"QuantizeLinear nodes on activations: {found.activation_quantisers}")
 
 
@@ -233,9 +259,11 @@ def _accuracy_rows(report: Mapping[str, Any]) -> Iterable[tuple[str, str, str, s
         return
     over = _over(report, accuracy["samples"])
     if accuracy.get("metric"):
-        scores = (f"{100 * accuracy[side]:.2f} %" for side in ("float", "quantised"))
+        share = accuracy["metric"] == "f1" or accuracy["metric"].startswith("top")
+        scores = (f"{100 * accuracy[side]:.2f} %" if share else f"{accuracy[side]:.6g}" for side in ("float", "quantised"))
         counts = f" ({accuracy['lost']} lost, {accuracy['won']} won)" if accuracy.get("lost") is not None else ""
-        yield accuracy["metric"], *scores, f"drop {accuracy['drop_points']:.2f} points{counts}"
+        unit = "%" if accuracy["metric"] == "mse" else "points"
+        yield accuracy["metric"], *scores, f"drop {accuracy['drop_points']:.2f} {unit}{counts}"
     if accuracy.get("top1_agreement") is not None:
         yield "top-1 agreement", "", f"{100 * accuracy['top1_agreement']:.2f} %", over
         over = ""
@@ -264,7 +292,7 @@ def _latency_rows(report: Mapping[str, Any]) -> Iterable[tuple[str, str, str, st
 def _size_rows(report: Mapping[str, Any]) -> Iterable[tuple[str, str, str, str]]:
     size = report.get("size_bytes")
     if size:
-        yield "size", _bytes(size["float"]), _bytes(size["quantised"]), f"{size['ratio']:.2f} x the size"
+        yield "size", bytes_text(size["float"]), bytes_text(size["quantised"]), f"{size['ratio']:.2f} x the size"
 
 
 def _node_rows(report: Mapping[str, Any]) -> Iterable[tuple[str, str, str, str]]:
@@ -336,7 +364,7 @@ def _raised_lines(report: Mapping[str, Any]) -> Iterable[str]:
 
 def _raised_line(move: Mapping[str, Any]) -> str:
     width = "float" if move["to_bits"] == 32 else f"{move['to_bits']} bits"
-    why = f"{_decibels(move['own_db'])} dB alone, for {_bytes(move['bytes_added'])}"
+    why = f"{_decibels(move['own_db'])} dB alone, for {bytes_text(move['bytes_added'])}"
     return f"raised: {move['op']} {move['node']} from {move['from_bits']} bits to {width}: {why}"
 
 
@@ -356,6 +384,16 @@ def _decibels(value: float | None) -> str:
     return "inf" if value is None else f"{value:.2f}"
 
 
+def count_text(value: int) -> str:
+    """1.2 k, 3.4 M, 5.6 G."""
+    number = float(value)
+    for unit in ("", " k", " M"):
+        if number < 999.5:
+            return f"{_three(number)}{unit}" if unit else str(value)
+        number /= 1000
+    return f"{_three(number)} G"
+
+
 def _three(value: float) -> str:
     """Three significant digits without an exponent: 0.0177, 4.51, 123."""
     decimals = 0
@@ -364,7 +402,7 @@ def _three(value: float) -> str:
     return f"{value:.{decimals}f}"
 
 
-def _bytes(count: int) -> str:
+def bytes_text(count: int) -> str:
     """Decimal units: 95.0 kB, 13.6 MB."""
     value = float(count)
     for unit in ("B", "kB", "MB"):

@@ -46,26 +46,31 @@ def report_json(report: Mapping[str, Any]) -> str:
     return json.dumps(_plain(report), indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n"
 
 
-def check_report_path(path: str | Path, *, model_files: tuple[str | Path | None, ...] = ()) -> None:
+def check_report_path(path: str | Path, *, model_files: tuple[str | Path | None, ...] = (), option: str = "--report") -> None:
     """Raise InputError where no report can be written to `path`; asked before hours of work, not after."""
     path = Path(path)
     if path.is_dir():
-        raise InputError(f"{path}: a folder; give --report a file name")
+        raise InputError(f"{path}: a folder; give {option} a file name")
     if not path.parent.is_dir():
-        raise InputError(f"{path}: its folder does not exist; create it or choose another --report")
+        raise InputError(f"{path}: its folder does not exist; create it or choose another {option}")
     writable = os.access(path, os.W_OK) if path.exists() and not path.is_file() else os.access(path.parent, os.W_OK)
     if not writable:
-        raise InputError(f"{path}: cannot be written; choose another --report")
+        raise InputError(f"{path}: cannot be written; choose another {option}")
     if path.suffix.lower() == ".onnx" or any(path.resolve() == Path(m).resolve() for m in model_files if m is not None):
-        raise InputError(f"{path}: is the name of a model; give --report a name such as report.json")
+        raise InputError(f"{path}: is the name of a model; give {option} a name such as report.json")
 
 
 def write_report(report: Mapping[str, Any], path: str | Path) -> None:
-    """Write `report_json` beside `path` under a temporary name and rename; a device or pipe is written to directly.
+    """Write `report_json` whole or not at all. Raises InputError where that fails."""
+    write_text(report_json(report), path, "--report")
 
-    Raises InputError where that fails; then nothing is left behind.
+
+def write_text(text: str, path: str | Path, option: str) -> None:
+    """Write `text` beside `path` under a temporary name and rename; a device or pipe is written to directly.
+
+    Raises InputError, naming `option`, where that fails; then nothing is left behind.
     """
-    path, text = Path(path), report_json(report)
+    path = Path(path)
     temporary: Path | None = None
     try:
         if path.exists() and not path.is_file():
@@ -81,7 +86,7 @@ def write_report(report: Mapping[str, Any], path: str | Path) -> None:
         temporary.chmod(0o666 & ~umask)
         temporary.replace(target)
     except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror}); choose another --report") from error
+        raise InputError(f"{path}: cannot be written ({error.strerror}); choose another {option}") from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)

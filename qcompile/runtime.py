@@ -35,6 +35,7 @@ class Session:
     `model` is a path (external data is found beside it), serialised bytes or a ModelProto under 2 GiB.
     `fuse_qdq=False` runs Q/DQ as the float arithmetic that it spells: an unfinished Q/DQ graph (float weights) must not be
     quantised further by onnxruntime, which would round those weights per tensor.
+    `profile`: what the name of a profile begins with; `end_profile` gives the whole name.
     Raises ModelError, naming `label`, where onnxruntime refuses the model.
     """
 
@@ -47,6 +48,7 @@ class Session:
         label: str = "model",
         optimised_path: str | Path | None = None,
         fuse_qdq: bool = True,
+        profile: str | Path | None = None,
     ) -> None:
         options = ort.SessionOptions()
         options.log_severity_level = 4
@@ -55,6 +57,9 @@ class Session:
         options.inter_op_num_threads = 1
         if not fuse_qdq:
             options.add_session_config_entry("session.disable_quant_qdq", "1")
+        if profile is not None:
+            options.enable_profiling = True
+            options.profile_file_prefix = str(profile)
         if optimised_path is not None:
             options.optimized_model_filepath = str(optimised_path)
         source: str | bytes
@@ -80,6 +85,10 @@ class Session:
         except Exception as error:
             raise ModelError(f"{self._label}: onnxruntime failed to run it: {_one_line(error)}") from error
         return {name: np.asarray(value) for name, value in zip(names, values, strict=True)}
+
+    def end_profile(self) -> Path:
+        """Close the profile; its JSON file."""
+        return Path(self._session.end_profiling())
 
 
 def _one_line(error: Exception) -> str:

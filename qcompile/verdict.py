@@ -17,22 +17,22 @@ ends at the observed drop m/n, and half of the models that are worse than the li
 
     conditional mid-p   wrongly passed up to 74 %, wrongly failed up to 13 %
     this interval       wrongly passed up to 4.0 %, wrongly failed up to 3.4 %
+
+**The documented rate** is 5 % for each (`CONFIDENCE` is two-sided): a model whose true drop *is* the limit fails with about that
+probability, a false alarm. By the same enumeration: wrongly failed 4.2 to 6.7 %, wrongly passed 3.7 to 5.5 %.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Literal
 
 import numpy as np
 
 from qcompile.errors import DataError, InputError
+from qcompile.statistics import CONFIDENCE, MOST_SAMPLES, Outcome, advice, check_confidence, round_up
 
-Outcome = Literal["pass", "fail", "inconclusive"]
-
-_MOST_SAMPLES = 10_000_000  # beyond this "more samples" is no advice
-_BISECTIONS = 50  # interval ends to 2^-50, far below one sample in _MOST_SAMPLES
+_BISECTIONS = 50  # interval ends to 2^-50, far below one sample in MOST_SAMPLES
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def judge_drop(
     max_drop_points: float,
     *,
     identical: bool = False,
-    confidence: float = 0.95,
+    confidence: float = CONFIDENCE,
 ) -> Verdict:
     """Decide whether the accuracy drop is within `max_drop_points` percentage points.
 
@@ -87,27 +87,11 @@ def judge_drop(
     if low > max_drop_points:
         return Verdict("fail", drop, low, high, confidence, samples, None, f"{about}, above {limit}")
     needed = samples_needed(lost, won, samples, max_drop_points, confidence=confidence)
-    reason = f"{about}, {limit}: {too_few(samples, needed)}"
+    reason = f"{about}, {limit}: {samples} samples are too few; {advice(needed)}"
     return Verdict("inconclusive", drop, low, high, confidence, samples, needed, reason)
 
 
-def too_few(samples: int, needed: int | None) -> str:
-    """Why a verdict is inconclusive, and how many samples would decide it (None: no reachable number)."""
-    advice = (
-        f"about {needed} samples would decide it"
-        if needed is not None
-        else "no reachable number of samples would decide it: choose another limit"
-    )
-    return f"{samples} samples are too few; {advice}"
-
-
-def two_figures(number: int) -> int:
-    """`number` rounded up to two figures."""
-    unit = int(10 ** max(0, len(str(number)) - 2))
-    return -(-number // unit) * unit
-
-
-def drop_interval(lost: int, won: int, samples: int, *, confidence: float = 0.95) -> tuple[float, float]:
+def drop_interval(lost: int, won: int, samples: int, *, confidence: float = CONFIDENCE) -> tuple[float, float]:
     """Two-sided mid-p interval of the drop (lost - won) / samples, as fractions in [-1, 1]. See the module's head."""
     tail = (1 - confidence) / 2
     high = _upper_bound(lost, won, samples, tail)
@@ -115,7 +99,7 @@ def drop_interval(lost: int, won: int, samples: int, *, confidence: float = 0.95
     return low, high
 
 
-def samples_needed(lost: int, won: int, samples: int, max_drop_points: float, *, confidence: float = 0.95) -> int | None:
+def samples_needed(lost: int, won: int, samples: int, max_drop_points: float, *, confidence: float = CONFIDENCE) -> int | None:
     """About how many samples would decide, if the rates of lost and won samples stay as they are.
 
     The least number at which the scaled, rounded counts pass or fail, rounded up to two figures. If the true rates are the
@@ -131,13 +115,13 @@ def samples_needed(lost: int, won: int, samples: int, max_drop_points: float, *,
 
     undecided, n = samples, 2 * samples
     while not decided(n):
-        if n >= _MOST_SAMPLES:
+        if n >= MOST_SAMPLES:
             return None
         undecided, n = n, 2 * n
     while n - undecided > max(1, undecided // 100):
         middle = (n + undecided) // 2
         undecided, n = (undecided, middle) if decided(middle) else (middle, n)
-    return two_figures(n)
+    return round_up(n)
 
 
 def _upper_bound(lost: int, won: int, samples: int, tail: float) -> float:
@@ -194,5 +178,4 @@ def _check(lost: int, won: int, samples: int, max_drop_points: float, confidence
         raise DataError(f"{lost} samples lost and {won} won cannot be among {samples} samples")
     if not 0 <= max_drop_points <= 100:
         raise InputError(f"--max-drop {max_drop_points:g} is not a number of points from 0 to 100")
-    if not 0.5 <= confidence <= 0.9999:
-        raise InputError(f"confidence {confidence:g} is not from 0.5 to 0.9999")
+    check_confidence(confidence)

@@ -37,6 +37,10 @@ class Stream:
             self._advance([tensor])
         return self._held[tensor]
 
+    def passed(self, tensor: Value) -> bool:
+        """Whether it was computed, or is an input, and is held no more."""
+        return tensor not in self._held and (tensor.producer is None or tensor.producer in self._done)
+
     def _advance(self, targets: Iterable[Value]) -> None:
         targets = list(targets)
         segment = self._leading_to(targets)

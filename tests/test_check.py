@@ -14,7 +14,9 @@ import pytest
 from onnx import parser
 
 from qcompile.accuracy import Accuracy
-from qcompile.check import bench_models, check_models, judge, measure
+from qcompile.bench import bench_models
+from qcompile.check import judge, measure
+from qcompile.checking import check_models
 from qcompile.data import load_dataset
 from qcompile.errors import DataError, InputError, ModelError
 from qcompile.quantised_inputs import feeds_map, input_quantisation
@@ -180,10 +182,13 @@ def test_report_of_a_check(float_model: Path, data: str) -> None:
     report = check_models(float_model, float_model, data, max_drop=0.5, samples=2, latency=False)
     assert set(report) == {
         "qcompile", "source", "output", "settings", "accuracy", "latency_ms", "size_bytes", "nodes", "fusion", "warnings",
-        "verdict", "seconds", "peak_rss_mb",
+        "verdict", "seconds", "peak_rss_mb", "gate", "baseline", "recipe",
     }  # fmt: skip
     assert report["accuracy"]["samples"] == 2
-    assert report["settings"] == {"eval": data, "max_drop": 0.5, "preprocess": None, "samples": 2, "seed": 0}
+    assert {key: value for key, value in report["settings"].items() if value is not None and value is not False} == {
+        "eval": data, "max_drop": 0.5, "samples": 2, "seed": 0, "on_inconclusive": "fail",
+    }  # fmt: skip
+    assert report["gate"]["outcome"] == "pass"
     assert report["nodes"] == {"quantised": 0, "float": 1, "float_ops": {"Relu": 1}}
     assert json.loads(report_json(report)) == report
 

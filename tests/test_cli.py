@@ -77,6 +77,7 @@ def test_defaults_reach_the_pipeline(command: Command, pipeline: FakePipeline) -
         "max_drop": None,
         "min_agreement": None,
         "max_requant_loss": None,
+        "on_inconclusive": "fail",
         "ranges": "mse",
         "effort": "default",
         "exclude": (),
@@ -84,6 +85,7 @@ def test_defaults_reach_the_pipeline(command: Command, pipeline: FakePipeline) -
         "inputs_as": "float32",
         "inline": False,
         "io": "float",
+        "kernels": "table",
         "activations": "int8",
         "block": None,
         "symmetric": None,
@@ -96,6 +98,7 @@ def test_defaults_reach_the_pipeline(command: Command, pipeline: FakePipeline) -
         "latency": True,
         "compare_targets": False,
         "diagnose": False,
+        "nodes": {},
     }
     assert "fold_bn" in out
     assert "2 x weight is shared" in out
@@ -112,7 +115,7 @@ def test_symmetry_reaches_the_pipeline(flag: str, value: bool, command: Command,
 
 def test_every_option_reaches_the_pipeline(command: Command, pipeline: FakePipeline, tmp_path: Path) -> None:
     args = "-o out.onnx --bits 8 --format qoperator --target vnni --data d.npz --samples 7 --preprocess imagenet --eval e.npz "
-    args += "--max-drop 0.5 --min-agreement .9 --max-requant-loss 30 "
+    args += "--max-drop 0.5 --min-agreement .9 --max-requant-loss 30 --on-inconclusive pass "
     args += "--effort fast --ranges percentile --exclude head --exclude /b/* --opset 17 --inputs-as uint8 --inline --io integer "
     args += "--activations float --block 64 --symmetric --spelling portable --accuracy-level 1 "
     args += "--no-bias-correction --dump-passes dump --seed 3 --no-latency --quiet"
@@ -132,6 +135,7 @@ def test_every_option_reaches_the_pipeline(command: Command, pipeline: FakePipel
         "max_drop": 0.5,
         "min_agreement": 0.9,
         "max_requant_loss": 30.0,
+        "on_inconclusive": "pass",
         "ranges": "percentile",
         "effort": "fast",
         "exclude": ("head", "/b/*"),
@@ -139,6 +143,7 @@ def test_every_option_reaches_the_pipeline(command: Command, pipeline: FakePipel
         "inputs_as": "uint8",
         "inline": True,
         "io": "integer",
+        "kernels": "table",
         "activations": "float",
         "block": 64,
         "symmetric": True,
@@ -151,6 +156,7 @@ def test_every_option_reaches_the_pipeline(command: Command, pipeline: FakePipel
         "latency": False,
         "compare_targets": True,
         "diagnose": True,  # a report was asked for
+        "nodes": {},
     }
     assert json.loads(report.read_text()) == REPORT
 

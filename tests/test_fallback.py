@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from qcompile.accuracy import Accuracy
 from qcompile.context import Settings
-from qcompile.errors import DataError
+from qcompile.errors import DataError, InputError
 from qcompile.fallback import LEAST_SAMPLES, Found, Raised, Trial, rank, search
 from qcompile.limits import Limits
 from qcompile.plan import LayerRecord
@@ -196,6 +197,18 @@ def test_limits_that_the_samples_do_not_tell() -> None:
         Limits(min_agreement=0.9).holds(accuracy(None, 0.0))
     assert not Limits().given
     assert str(Limits(1.5, 0.99)) == "--max-drop 1.5 --min-agreement 0.99"
+
+
+def test_samples_that_cannot_decide_break_a_limit_unless_told_otherwise() -> None:
+    few = accuracy(1.0, 0.0, samples=5)
+    for limits in (Limits(max_drop=1.0), Limits(min_agreement=0.99)):
+        found, broken = limits.verdicts(few)
+        assert next(iter(found.values()))["outcome"] == "inconclusive"
+        assert broken is not None and broken.startswith(str(limits)) and "too few" in broken
+        assert replace(limits, on_inconclusive="pass").verdicts(few)[1] is None
+    assert replace(Limits(min_agreement=0.99), on_inconclusive="pass").verdicts(accuracy(0.5, samples=1000))[1] is not None
+    with pytest.raises(InputError, match="--on-inconclusive maybe: choose one of fail, pass"):
+        Limits(on_inconclusive="maybe")
 
 
 def test_both_verdicts() -> None:

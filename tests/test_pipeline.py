@@ -211,11 +211,15 @@ def test_a_limit_that_is_broken_keeps_the_file_under_another_name(
     assert made.report["verdict"]["outcome"] == "fail"
 
 
-def test_too_few_samples_decide_nothing_and_say_so(tmp_path: Path, small: tuple[str, str]) -> None:
-    made = compile_model(CNN, tmp_path / "a.onnx", data=small[0], eval_data=small[1], max_drop=0.1, effort="fast", latency=False)
+def test_too_few_samples_pass_only_where_asked(tmp_path: Path, small: tuple[str, str]) -> None:
+    options: dict[str, Any] = {"data": small[0], "eval_data": small[1], "max_drop": 0.1, "effort": "fast", "latency": False}
+    made = compile_model(CNN, tmp_path / "a.onnx", on_inconclusive="pass", **options)
     assert made.report["verdict"]["outcome"] == "inconclusive"
     assert made.report["verdict"]["samples_needed"] > 60
     assert listing(tmp_path) == ["a.onnx"]
+    with pytest.raises(LimitError, match=r"--max-drop 0.1: .*60 samples are too few; about \d+ samples would decide it"):
+        compile_model(CNN, tmp_path / "b.onnx", **options)
+    assert listing(tmp_path) == ["a.onnx", "b.failed.onnx"]
 
 
 def test_a_limit_needs_labels(tmp_path: Path, small: tuple[str, str]) -> None:

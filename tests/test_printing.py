@@ -141,10 +141,26 @@ def test_sizes_in_decimal_units(count: int, text: str) -> None:
     ("milliseconds", "text"), [(0.01769, "0.0177"), (4.514, "4.51"), (99.96, "100"), (1234.5, "1234")], ids=str
 )
 def test_latency_has_three_digits(milliseconds: float, text: str) -> None:
-    stream = io.StringIO()
     latency = {"float": milliseconds, "quantised": 1.0, "speedup": 1.0, "threads": 2}
-    print_bench({"latency_ms": latency}, console(stream))
-    assert row(stream.getvalue().splitlines(), "latency") == f"latency {text} ms 1.00 ms 1.00 x as fast, 2 threads"
+    assert row(printed({"latency_ms": latency}), "latency") == f"latency {text} ms 1.00 ms 1.00 x as fast, 2 threads"
+
+
+def test_bench_without_what_was_not_measured() -> None:
+    stream = io.StringIO()
+    entry = {
+        "path": "m.onnx", "size_bytes": 1000, "latency_ms": {"median": 2.0, "low": 1.5, "high": 2.5, "confidence": 0.95},
+        "speedup": {"median": 1.0, "low": 1.0, "high": 1.0}, "macs": None, "gops": None, "peak_share": None,
+        "cold_start": None, "operators": None,
+    }  # fmt: skip
+    more: dict[str, Any] = {**entry, "macs": 325_000_000, "peak_share": 0.123}
+    more |= {"cold_start": {"load_ms": 10.0, "peak_rss_mb": 77.0}}
+    more["operators"] = [{"op": "Conv", "ms": 1.0, "share": 0.5, "calls": 3}]
+    print_bench({"models": [entry, more], "threads": 1, "peak_gops": 400.0}, console(stream))
+    lines = stream.getvalue().splitlines()
+    assert any("unknown" in line for line in lines)
+    assert any("325 M" in line and "12.3 %" in line and "77 MB" in line for line in lines)
+    assert row(lines, "Conv") == "Conv 3 1.0000 50.0 %"
+    assert lines[-1].startswith("1 thread; int8 peak 400 GOP/s")
 
 
 def test_rescales() -> None:

@@ -63,13 +63,13 @@ def test_each_bound_is_where_the_tail_of_the_exact_law_is_half_of_alpha(
 @pytest.mark.parametrize("samples", [1, 2, 10, 300, 50_000], ids=str)
 def test_without_discordant_samples_the_bounds_have_a_closed_form(samples: int) -> None:
     # Nothing lost, nothing won: P(D = 0 | drop t) / 2 = (1 - t)^n / 2 = 0.025.
-    low, high = drop_interval(0, 0, samples)
+    low, high = drop_interval(0, 0, samples, confidence=0.95)
     assert high == pytest.approx(1 - 0.05 ** (1 / samples), rel=1e-6)
     assert low == -high
 
 
 def test_all_lost_has_a_closed_form() -> None:
-    low, high = drop_interval(20, 0, 20)
+    low, high = drop_interval(20, 0, 20, confidence=0.95)
     assert high == 1
     # With nothing won the likelihood (t + p01)^n is largest where no sample agrees: p10 = (1 + t) / 2.
     assert ((1 + low) / 2) ** 20 / 2 == pytest.approx(0.025, rel=1e-6)
@@ -107,10 +107,25 @@ def enumerated_error_rates(samples: int, drop: float, won_rate: float) -> tuple[
     ids=str,
 )
 def test_a_model_exactly_at_the_limit_is_rarely_failed_and_rarely_passed(samples: int, drop: float, won_rate: float) -> None:
-    # Nominal 2.5 % each. The conditional (McNemar) interval passes up to 74 % and fails up to 10 % of these.
+    # Nominal 5 % each. The conditional (McNemar) interval passes up to 74 % of these at a nominal 2.5 %.
     failed, passed = enumerated_error_rates(samples, drop, won_rate)
-    assert failed <= 0.035
-    assert passed <= 0.041
+    assert 0.02 <= failed <= 0.07
+    assert 0.02 <= passed <= 0.07
+
+
+@pytest.mark.parametrize(
+    ("samples", "drop", "won_rate"),
+    [(500, 0.03, 0.01), (500, 0.0, 0.02), (1000, 0.01, 0.02), (5000, 0.005, 0.002)],
+    ids=str,
+)
+def test_simulated_false_alarms_are_as_documented(samples: int, drop: float, won_rate: float) -> None:
+    """A false alarm is a `fail` at a true drop equal to the limit: 5 % are documented, 2 to 7 % allowed, over 2000 trials."""
+    assert samples * (drop + 2 * won_rate) >= 20  # discordant pairs expected
+    rates = [drop + won_rate, won_rate, 1 - drop - 2 * won_rate]
+    draws = np.random.default_rng(20).multinomial(samples, rates, size=2000)[:, :2]
+    pairs, times = np.unique(draws, axis=0, return_counts=True)
+    failed = np.array([judge_drop(int(b), int(c), samples, 100 * drop).outcome == "fail" for b, c in pairs])
+    assert 0.02 <= float(times @ failed) / 2000 <= 0.07
 
 
 def test_simulated_verdicts_far_from_the_limit_have_power() -> None:
@@ -188,7 +203,7 @@ def test_outcomes_and_their_words() -> None:
         "drop_points": doubt.drop_points,
         "low": doubt.low,
         "high": doubt.high,
-        "confidence": 0.95,
+        "confidence": 0.9,
         "samples": 500,
         "samples_needed": doubt.samples_needed,
         "reason": doubt.reason,
@@ -205,7 +220,7 @@ def test_the_number_of_samples_asked_for_decides(lost: int, won: int, samples: i
     assert needed is not None
 
     def scaled(factor: float) -> str:
-        n = math.ceil(needed * factor)
+        n = math.ceil(needed * factor) if factor > 1 else math.floor(needed * factor)
         return judge_drop(round(lost * n / samples), round(won * n / samples), n, limit).outcome
 
     assert scaled(1.2) in ("pass", "fail")
@@ -227,7 +242,7 @@ def test_no_number_of_samples_is_promised_where_none_can_decide(lost: int, won: 
 
 def test_a_million_samples_are_no_trouble() -> None:
     low, high = drop_interval(9_000, 8_000, 1_000_000)
-    width = 1.959964 * math.sqrt((17_000 - 1_000**2 / 1e6) / 1e12)  # the normal limit
+    width = 1.644854 * math.sqrt((17_000 - 1_000**2 / 1e6) / 1e12)  # the normal limit
     assert low == pytest.approx(0.001 - width, abs=0.01 * width)
     assert high == pytest.approx(0.001 + width, abs=0.01 * width)
 

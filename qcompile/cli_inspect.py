@@ -1,0 +1,88 @@
+"""`qcompile inspect`: what a file holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from qcompile.cli_common import FILE, TRACEBACK
+from qcompile.errors import LimitError
+from qcompile.printing import console, print_certificate, print_rescales, print_rows, print_summary
+from qcompile.report_file import report_json
+
+
+@click.command()
+@click.argument("model", type=FILE)
+@click.option("--dyadic", is_flag=True, help="List b and c of every rescale, b/2^c, derived again from the file.")
+@click.option("--nodes", is_flag=True, help="List the nodes' names, as --exclude takes them.")
+@click.option("--layers", is_flag=True, help="List multiply-accumulates, weights and quantisation parameters by layer.")
+@click.option("--dim", "dims", multiple=True, metavar="NAME=SIZE", help="Size of a symbolic dimension; may be repeated.  [1]")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+@click.option("--require-exact", is_flag=True, help="With --dyadic: exit status 3 unless all are exact.")
+@click.option("--require-integer-only", is_flag=True, help="Exit status 3 where a float tensor lies between the ends.")
+@TRACEBACK
+def inspect(
+    model: Path,
+    dyadic: bool,
+    nodes: bool,
+    layers: bool,
+    dims: tuple[str, ...],
+    as_json: bool,
+    require_exact: bool,
+    require_integer_only: bool,
+) -> int:
+    """Show what MODEL holds."""
+    if require_exact and not dyadic:
+        raise click.UsageError("--require-exact goes with --dyadic")
+    if as_json and (dyadic or nodes or layers):
+        raise click.UsageError("--json prints everything; leave --dyadic, --nodes and --layers out")
+    sizes = _sizes(dims)
+    from qcompile.certificate import certify
+    from qcompile.inspection import rescales, summary
+    from qcompile.model_file import list_nodes
+
+    if nodes:
+        print_rows(("name", "operator", "first output"), list_nodes(model), console())
+    certificate = certify(model) if require_integer_only or not (dyadic or nodes or layers or as_json) else None
+    if as_json or layers or not (dyadic or nodes):
+        from qcompile.facts import facts
+        from qcompile.printing_facts import print_facts, print_layers
+
+        found_facts = facts(model, sizes)
+        if as_json:
+            click.echo(report_json(found_facts), nl=False)
+        elif layers:
+            print_layers(found_facts, console())
+        else:
+            print_facts(found_facts, console())
+            print_summary(summary(model), console())
+    if certificate is not None and not as_json:
+        print_certificate(certificate, console(), every=require_integer_only)
+    if certificate is not None and require_integer_only and not certificate.integer_only:
+        first = certificate.floats[0]
+        raise LimitError(
+            f"{model}: not integer-only: {len(certificate.floats)} float tensors between the ends, first '{first.tensor}' "
+            f"of node '{first.node}' ({first.op})"
+        )
+    if not dyadic:
+        return 0
+    found = rescales(model)
+    print_rescales(found, console())
+    inexact = [r for r in found if not r.exact]
+    if require_exact and not found:
+        raise LimitError(f"{model}: holds no rescale; is it a quantised model?")
+    if require_exact and inexact:
+        raise LimitError(f"{model}: {len(inexact)} of {len(found)} rescales are not exact, first '{inexact[0].node}'")
+    return 0
+
+
+def _sizes(dims: tuple[str, ...]) -> dict[str, int]:
+    """{name: size} of `--dim NAME=SIZE`."""
+    found = {}
+    for text in dims:
+        name, _, size = text.partition("=")
+        if not name or not size.isdecimal() or int(size) < 1:
+            raise click.UsageError(f"--dim {text}: give NAME=SIZE, such as batch=8")
+        found[name] = int(size)
+    return found
