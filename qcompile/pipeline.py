@@ -13,29 +13,28 @@ from typing import Any, TypeAlias
 
 import qcompile
 from qcompile.accuracy import Accuracy
-from qcompile.audit import Audit, audit
-from qcompile.certificate import certify
-from qcompile.check import Measured, Progress, fusion_json, measure, nodes_json
+from qcompile.audit import audit
+from qcompile.check import Measured, Progress, measure
 from qcompile.compact import compact
 from qcompile.compare_targets import FREE, both_targets
+from qcompile.compilation import Built, Data, open_data
+from qcompile.compilation_report import report_of
 from qcompile.context import Context, Settings
 from qcompile.convert import lower_opset
-from qcompile.data import Dataset, load_dataset
+from qcompile.data import Dataset
 from qcompile.errors import DataError, LimitError, QcompileError
 from qcompile.fallback import LEAST_SAMPLES, Found, Raised, Trial, search
-from qcompile.graph_io import forget_inner_types, load_proto, write_functions_out, write_model
+from qcompile.graph_io import forget_inner_types, load_proto, write_functions_out
 from qcompile.integer_inputs import take_integers
 from qcompile.integer_outputs import give_integers
 from qcompile.limits import Limits
 from qcompile.load import Loaded, load_model
-from qcompile.made_up import make_up, make_up_for_import
 from qcompile.names import names_of, shorten_names
 from qcompile.options import check_import, check_node_names, check_settings, output_path, weight_only_of
 from qcompile.passes import passes_for
 from qcompile.recipe import embedded, node_settings
-from qcompile.report_file import file_record, peak_rss_mb
+from qcompile.report_file import peak_rss_mb
 from qcompile.run_passes import run_passes
-from qcompile.samples import model_inputs
 from qcompile.tensors import is_external, location
 
 _CHECK_FEEDS = 2
@@ -49,16 +48,6 @@ class Compiled:
 
     path: Path
     report: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class _Data:
-    calibration: Dataset
-    kind: str  # real | synthetic | dynamic | imported
-    evaluation: Dataset | None
-    warnings: tuple[str, ...]
-    real: bool = True  # `calibration` is what the user gave
-    learn: bool = True  # and may change the output
 
 
 def compile_model(
@@ -146,7 +135,7 @@ def compile_model(
     path = output_path(source, output, bits)
     loaded = load_model(source)
     check_import(settings, loaded.quantised, max_requant_loss)
-    given = _open_data(loaded, data, eval_data, samples, preprocess, settings)
+    given = open_data(loaded, data, eval_data, samples, preprocess, settings)
     if max_drop is not None and given.evaluation is not None and not given.evaluation.has_labels:
         raise DataError("--max-drop compares with the true answers; give --eval data with labels")
     check_node_names([n.name for n in loaded.graph.nodes], [v.name for v in loaded.graph.inputs], settings)
@@ -164,7 +153,7 @@ def compile_model(
             given = replace(given, evaluation=judged_on if found.moves else given.evaluation)
         audited = audit(path)
         measured, measured_on = _measure(source, path, given, latency, effort, progress)
-        report = _report(source, path, built, audited, measured, given, limits)
+        report = report_of(source, path, built, audited, measured, given, limits)
         report["data"]["evaluation"] = measured_on
         report["recipe"] = embedded(asked, compile_model)
         report["seconds"] = round(time.perf_counter() - start, 3)
@@ -200,25 +189,16 @@ def _compare_targets(path: Path, report: dict[str, Any], again: Callable[..., Co
 
 
 @dataclass(frozen=True)
-class _Built:
-    """A compiled model in memory, with what is to be told of its compilation."""
-
-    loaded: Loaded
-    rows: list[dict[str, Any]]
-    context: Context
-
-
-@dataclass(frozen=True)
 class _Compiler:
     """Compiles one source, once as asked and again with layers raised; every build is written to `path`."""
 
     source: Path
     path: Path
-    given: _Data
+    given: Data
     diagnose: bool
     progress: Progress | None
 
-    def build(self, loaded: Loaded, settings: Settings, dump: Path | None = None, ranges: _Ranges | None = None) -> _Built:
+    def build(self, loaded: Loaded, settings: Settings, dump: Path | None = None, ranges: _Ranges | None = None) -> Built:
         """Run all passes on `loaded` and write the result. ranges: those of an earlier build, taken over where they fit."""
         given, graph = self.given, loaded.graph
         known = names_of(graph)
@@ -243,12 +223,12 @@ class _Compiler:
         shorten_names(graph, known)
         _stamp(loaded, settings)
         graph.save(self.path)
-        return _Built(loaded, rows, context)
+        return Built(loaded, rows, context)
 
-    def trials(self, first: _Built, part: Dataset) -> Callable[[Raised], Trial[_Built]]:
+    def trials(self, first: Built, part: Dataset) -> Callable[[Raised], Trial[Built]]:
         """What `search` tries with: `first` as it stands, and builds with layers raised; measured on `part`."""
 
-        def compile_with(raised: Raised) -> Trial[_Built]:
+        def compile_with(raised: Raised) -> Trial[Built]:
             built = first
             if raised:
                 settings = replace(first.context.settings, raised=raised)
@@ -267,33 +247,7 @@ def _discard(path: Path) -> None:
         file.unlink(missing_ok=True)
 
 
-def _open_data(
-    loaded: Loaded,
-    data: str | Path | Dataset | None,
-    eval_data: str | Path | Dataset | None,
-    samples: int | None,
-    preprocess: str | None,
-    settings: Settings,
-) -> _Data:
-    """Datasets and warnings. Without `data` the calibration is made up; it never comes from `eval_data`."""
-    graph = loaded.graph
-    inputs = model_inputs(write_model(graph, constants=False))
-
-    def opened(spec: str | Path | Dataset | None, count: int | None) -> Dataset | None:
-        if isinstance(spec, str | Path):
-            return load_dataset(str(spec), inputs, preprocess=preprocess, samples=count, seed=settings.seed)
-        return spec
-
-    calibration, evaluation = opened(data, samples), opened(eval_data, None)
-    if calibration is not None:
-        return _Data(calibration, "imported" if loaded.quantised else "real", evaluation, ())
-    if loaded.quantised and evaluation is not None:  # for checks alone
-        return _Data(evaluation, "imported", evaluation, (), learn=False)
-    made_up = make_up_for_import(graph, inputs, settings) if loaded.quantised else make_up(graph, inputs, settings)
-    return _Data(made_up.dataset, made_up.kind, evaluation, made_up.warnings, real=False, learn=False)
-
-
-def _stages(progress: Progress | None, given: _Data) -> Any:
+def _stages(progress: Progress | None, given: Data) -> Any:
     if progress is None:
         return None
     counts: dict[str, int] = {}
@@ -323,7 +277,7 @@ def _stamp(loaded: Loaded, settings: Settings) -> None:
 
 
 def _measure(
-    source: Path, path: Path, given: _Data, latency: bool, effort: str, progress: Progress | None
+    source: Path, path: Path, given: Data, latency: bool, effort: str, progress: Progress | None
 ) -> tuple[Measured, dict[str, Any]]:
     if given.evaluation is not None:
         return measure(source, path, given.evaluation, latency=latency, progress=progress), {"kind": "evaluation"}
@@ -334,59 +288,7 @@ def _measure(
     return measure(source, path, own, latency=latency, progress=progress), {"kind": kind}
 
 
-def _report(
-    source: Path, path: Path, built: _Built, audited: Audit, measured: Measured, given: _Data, limits: Limits
-) -> dict[str, Any]:
-    settings, loaded, plan = built.context.settings, built.loaded, built.context.plan
-    warnings = [*given.warnings, *measured.warnings]
-    if given.evaluation is None:
-        where = "calibration samples" if given.real else "synthetic inputs"
-        warnings.append(f"no --eval: accuracy was measured on {where}")
-    return {
-        "qcompile": qcompile.__version__,
-        "source": {"path": str(source), "sha256": loaded.source_sha256},
-        "output": file_record(path),
-        "settings": {name: _plain(value) for name, value in asdict(settings).items()},
-        "passes": built.rows,
-        **_weights(settings, built.context),
-        **_imported(built, measured, limits),
-        **({} if plan is None or plan.layers is None else {"layers": [layer.as_json() for layer in plan.layers]}),
-        "accuracy": measured.accuracy_json(),
-        "latency_ms": measured.latency_json(),
-        "size_bytes": measured.size_json(),
-        "nodes": nodes_json(audited),
-        "fusion": fusion_json(audited),
-        **({"integer_only": certify(path).as_json()} if settings.format == "integer" else {}),
-        "data": {"calibration": given.kind, "samples": built.context.calibrated},
-        "notes": loaded.notes,
-        "warnings": warnings,
-    }
-
-
-def _weights(settings: Settings, context: Context) -> dict[str, Any]:
-    """The report's `weights`: how the weights of a weight-only file are stored and were rounded; nothing for other files."""
-    if settings.weight_only is None:
-        return {}
-    learned = settings.effort != "fast" and not context.synthetic
-    rounding = "second order" if learned else "nearest"
-    return {"weights": {"bits": settings.bits, **asdict(settings.weight_only), "rounding": rounding}}
-
-
-def _imported(built: _Built, measured: Measured, limits: Limits) -> dict[str, Any]:
-    """The report's `imported`: what became of a source's own integers; nothing where the source was a float model."""
-    imported = built.context.imported
-    if imported is None:
-        return {}
-    left = next(row["skipped"] for row in built.rows if row["name"] == "quantise_imported")
-    sqnr = None if measured.accuracy is None else measured.accuracy.sqnr_db
-    return {"imported": imported.as_json(left, sqnr, limits.max_requant_loss)}
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _enforce(compiled: Compiled, accuracy: Accuracy, limits: Limits, found: Found[_Built]) -> Compiled:
+def _enforce(compiled: Compiled, accuracy: Accuracy, limits: Limits, found: Found[Built]) -> Compiled:
     """The verdict on the limits; where one is broken the file is renamed and LimitError raised."""
     verdicts, broken = limits.verdicts(accuracy)
     compiled.report.update(verdicts)
