@@ -20,6 +20,7 @@ from qcompile.cli_common import (
     FOLDER,
     HTML,
     MAX_DROP,
+    MAX_REQUANT_LOSS,
     MIN_AGREEMENT,
     NO_LATENCY,
     ON_INCONCLUSIVE,
@@ -44,7 +45,7 @@ from qcompile.recipe import Recipe
 
 @click.group(cls=CompileGroup)
 def cli() -> None:
-    """Compile a float ONNX model to an exact integer ONNX model that stock onnxruntime runs.
+    """Compile a float (or Q/DQ) ONNX model to an exact integer ONNX model that stock onnxruntime runs.
 
     SPEC, the data: a .npz file, a directory of .npz files or of images, an ONNX test_data_set_* directory,
     file.py:function or package.module:function. A subcommand's name wins over a file of that name: ./check is the file.
@@ -88,6 +89,7 @@ def cli() -> None:
 @click.option("--eval", "eval_data", metavar="SPEC", help="Samples, best with labels, to measure the result on.")
 @MAX_DROP
 @MIN_AGREEMENT
+@MAX_REQUANT_LOSS
 @ON_INCONCLUSIVE
 @REPORT
 @HTML

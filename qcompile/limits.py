@@ -20,11 +20,13 @@ class Limits:
     """max_drop: percentage points of accuracy; min_agreement: share of samples that keep their class. None: no limit.
 
     on_inconclusive: fail | pass, what samples that cannot decide mean.
+    max_requant_loss: of an imported Q/DQ model, the least SQNR of the result against it in dB. It raises no layer.
     """
 
     max_drop: float | None = None
     min_agreement: float | None = None
     on_inconclusive: str = "fail"
+    max_requant_loss: float | None = None
 
     def __post_init__(self) -> None:
         if self.on_inconclusive not in ON_INCONCLUSIVE:
@@ -32,7 +34,7 @@ class Limits:
 
     @property
     def given(self) -> bool:
-        """Whether there is any limit."""
+        """Whether there is a limit that layers are raised to hold."""
         return self.max_drop is not None or self.min_agreement is not None
 
     def __str__(self) -> str:
@@ -80,6 +82,13 @@ class Limits:
 
     def _broken(self, limit: str, outcome: Outcome, reason: str) -> list[str]:
         return [f"{limit}: {reason}"] if breaks(outcome, self.on_inconclusive) else []
+
+    def requant_loss(self, accuracy: Accuracy | None) -> str | None:
+        """Why `max_requant_loss` is broken, None where it holds or was not asked for; no difference at all always holds."""
+        least = self.max_requant_loss
+        if least is None or accuracy is None or accuracy.sqnr_db is None or accuracy.sqnr_db >= least:
+            return None
+        return f"--max-requant-loss {least:g}: {accuracy.sqnr_db:.2f} dB against the imported model on {accuracy.samples} samples"
 
 
 def breaks(outcome: Outcome, on_inconclusive: str) -> bool:

@@ -77,6 +77,20 @@ def check_node_names(nodes: Sequence[str], inputs: Sequence[str], settings: Sett
             raise InputError(f"[nodes] {pattern}: no node and no input of the model matches; {lists}")
 
 
+def check_import(settings: Settings, quantised: bool, max_requant_loss: float | None) -> None:
+    """Raise InputError where options do not suit a source that already holds Q/DQ (`quantised`), or one that does not."""
+    if max_requant_loss is not None and not quantised:
+        raise InputError("--max-requant-loss is for models that already hold Q/DQ; for a float model use --max-drop")
+    if max_requant_loss is not None and not 0 <= max_requant_loss < float("inf"):
+        raise InputError(f"--max-requant-loss {max_requant_loss:g}: give decibels from 0 on, such as 35")
+    if quantised and settings.node_ranges:
+        raise InputError(
+            "[nodes] range: the model already holds Q/DQ with ranges of its own; leave it out, or give the float model"
+        )
+    if quantised and settings.weight_only is not None:
+        raise InputError("--activations float: the model already holds Q/DQ; leave it out, or give the float model")
+
+
 def weight_only_of(
     activations: str, block: int | None, symmetric: bool | None, spelling: str | None, accuracy_level: int | None
 ) -> WeightOnly | None:
