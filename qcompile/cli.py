@@ -20,6 +20,7 @@ from qcompile.cli_common import (
     FOLDER,
     HTML,
     MAX_DROP,
+    MAX_REQUANT_LOSS,
     MIN_AGREEMENT,
     NO_LATENCY,
     ON_INCONCLUSIVE,
@@ -40,13 +41,6 @@ from qcompile.command_group import CompileCommand, CompileGroup, LaterChoice, ru
 from qcompile.errors import LimitError
 from qcompile.printing import TerminalProgress, console, print_passes
 from qcompile.recipe import Recipe
-
-_MAX_REQUANT_LOSS = click.option(
-    "--max-requant-loss",
-    type=click.FloatRange(0),
-    metavar="DB",
-    help="For a MODEL that already holds Q/DQ: fail (exit status 3) where the SQNR against it is below DB.",
-)
 
 
 @click.group(cls=CompileGroup)
@@ -95,7 +89,7 @@ def cli() -> None:
 @click.option("--eval", "eval_data", metavar="SPEC", help="Samples, best with labels, to measure the result on.")
 @MAX_DROP
 @MIN_AGREEMENT
-@_MAX_REQUANT_LOSS
+@MAX_REQUANT_LOSS
 @ON_INCONCLUSIVE
 @REPORT
 @HTML

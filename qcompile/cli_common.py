@@ -43,6 +43,12 @@ MIN_AGREEMENT = click.option(
     metavar="SHARE",
     help="Fail (exit status 3) where fewer samples keep their class.",
 )
+MAX_REQUANT_LOSS = click.option(
+    "--max-requant-loss",
+    type=click.FloatRange(0),
+    metavar="DB",
+    help="For a MODEL that already holds Q/DQ: fail (exit status 3) where the SQNR against it is below DB.",
+)
 ON_INCONCLUSIVE = click.option(
     "--on-inconclusive",
     type=click.Choice(["fail", "pass"]),

@@ -19,14 +19,14 @@ ON_INCONCLUSIVE = ("fail", "pass")
 class Limits:
     """max_drop: percentage points of accuracy; min_agreement: share of samples that keep their class. None: no limit.
 
-    max_requant_loss: of an imported Q/DQ model, the least SQNR of the result against it in dB. It raises no layer.
     on_inconclusive: fail | pass, what samples that cannot decide mean.
+    max_requant_loss: of an imported Q/DQ model, the least SQNR of the result against it in dB. It raises no layer.
     """
 
     max_drop: float | None = None
     min_agreement: float | None = None
-    max_requant_loss: float | None = None
     on_inconclusive: str = "fail"
+    max_requant_loss: float | None = None
 
     def __post_init__(self) -> None:
         if self.on_inconclusive not in ON_INCONCLUSIVE:
@@ -80,15 +80,15 @@ class Limits:
             broken += self._broken(f"--min-agreement {self.min_agreement:g}", agreement.outcome, agreement.reason)
         return found, next(iter(broken), None)
 
+    def _broken(self, limit: str, outcome: Outcome, reason: str) -> list[str]:
+        return [f"{limit}: {reason}"] if breaks(outcome, self.on_inconclusive) else []
+
     def requant_loss(self, accuracy: Accuracy | None) -> str | None:
         """Why `max_requant_loss` is broken, None where it holds or was not asked for; no difference at all always holds."""
         least = self.max_requant_loss
         if least is None or accuracy is None or accuracy.sqnr_db is None or accuracy.sqnr_db >= least:
             return None
         return f"--max-requant-loss {least:g}: {accuracy.sqnr_db:.2f} dB against the imported model on {accuracy.samples} samples"
-
-    def _broken(self, limit: str, outcome: Outcome, reason: str) -> list[str]:
-        return [f"{limit}: {reason}"] if breaks(outcome, self.on_inconclusive) else []
 
 
 def breaks(outcome: Outcome, on_inconclusive: str) -> bool:

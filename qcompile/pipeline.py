@@ -62,8 +62,8 @@ def compile_model(
     eval_data: str | Path | Dataset | None = None,
     max_drop: float | None = None,
     min_agreement: float | None = None,
-    max_requant_loss: float | None = None,
     on_inconclusive: str = "fail",
+    max_requant_loss: float | None = None,
     ranges: str = "mse",
     effort: str = "default",
     exclude: Sequence[str] = (),
@@ -96,9 +96,9 @@ def compile_model(
     max_drop: the largest drop of top-1 accuracy, in percentage points, that `eval_data` (with labels) must not contradict;
     min_agreement: the least share of samples that keep their class. Where a limit does not hold on one half of `eval_data`,
     layers are raised to 8 bits, then to float, until it does; the verdict is on the other half (`qcompile.fallback`).
+    on_inconclusive: fail | pass, what it means for a limit that the samples can neither confirm nor refute.
     max_requant_loss: of a model that already holds Q/DQ, the least SQNR in dB of the result against it. Such a model is imported:
     it keeps its scales and integers where they can be exact, and needs no `data`.
-    on_inconclusive: fail | pass, what it means for a limit that the samples can neither confirm nor refute.
     compare_targets: where target is `any`, effort is not `fast` and there is `eval_data`, also say what `vnni` would have given.
     diagnose: measure each layer's part in the error as well (the report's `layers`); the written bytes stay the same.
     nodes: bits, float or range of single nodes, by name or pattern, as a recipe's [nodes] (see `qcompile.recipe`).
@@ -130,7 +130,7 @@ def compile_model(
         weight_only=weight_only_of(activations, block, symmetric, spelling, accuracy_level),
     )
     check_settings(settings, max_drop, eval_data is not None, min_agreement)
-    limits = Limits(max_drop, min_agreement, max_requant_loss, on_inconclusive)
+    limits = Limits(max_drop, min_agreement, on_inconclusive, max_requant_loss)
     source = Path(model)
     path = output_path(source, output, bits)
     loaded = load_model(source)

@@ -67,15 +67,18 @@ def test_halves_of_a_function(tmp_path: Path) -> None:
 # ---- whole compilations ----
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+def noisy(folder: Path, deviation: float) -> tuple[str, str]:
     """(calibration, evaluation): pictures under noise, so that the model is in doubt and bits make a difference."""
-    folder = tmp_path_factory.mktemp("data")
     whole, calibration = np.load(MODELS / "digits.npz"), np.load(MODELS / "digits_calib.npz")["input"][:24]
-    noise = np.random.default_rng(0).normal(size=(224, 1, 8, 8)).astype(np.float32) * np.float32(0.4)
+    noise = np.random.default_rng(0).normal(size=(224, 1, 8, 8)).astype(np.float32) * np.float32(deviation)
     np.savez(folder / "calibration.npz", input=calibration + noise[:24])
     np.savez(folder / "evaluation.npz", input=whole["input"][:200] + noise[24:], labels=whole["labels"][:200])
     return str(folder / "calibration.npz"), str(folder / "evaluation.npz")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    return noisy(tmp_path_factory.mktemp("data"), 0.4)
 
 
 def digest(path: Path) -> str:
@@ -140,8 +143,9 @@ def test_the_bytes_are_those_of_no_limit_where_it_holds_as_asked(data: tuple[str
     assert "fallback" not in asked.report
 
 
-def test_layers_are_raised_to_float(data: tuple[str, str], tmp_path: Path) -> None:
-    made = compiled(data, tmp_path / "a.onnx", min_agreement=0.985)
+def test_layers_are_raised_to_float(tmp_path: Path) -> None:
+    (tmp_path / "d").mkdir()
+    made = compiled(noisy(tmp_path / "d", 0.9), tmp_path / "a.onnx", min_agreement=0.985)
     fallback = made.report["fallback"]
     assert fallback["held"]
     assert not fallback["tried"][1]["held"] and fallback["tried"][1]["raised_to_float"] == 0  # all in 8 bits did not do
@@ -154,10 +158,10 @@ def test_layers_are_raised_to_float(data: tuple[str, str], tmp_path: Path) -> No
     assert packed(made.path) == 0
 
 
-def test_a_limit_that_nothing_holds(data: tuple[str, str], tmp_path: Path) -> None:
+def test_a_limit_that_nothing_holds(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     """The first layer stays integer to the last: a limit that no sample may break is broken all the same."""
     with pytest.raises(LimitError, match=r"--min-agreement 1: .*; the file is kept as .*a\.failed\.onnx") as caught:
-        compiled(data, tmp_path / "a.onnx", min_agreement=1.0)
+        compiled(noisy(tmp_path_factory.mktemp("d"), 0.6), tmp_path / "a.onnx", min_agreement=1.0)
     assert caught.value.exit_status == 3
     made = caught.value.compiled
     assert isinstance(made, Compiled)

@@ -178,6 +178,12 @@ def test_weight_only_files_have_no_single_nodes(tmp_path: Path) -> None:
         compile_model(VIT, tmp_path / "a.onnx", bits=4, activations="float", nodes={gemm: {"bits": 8}})
 
 
+def test_an_imported_model_has_ranges_of_its_own(tmp_path: Path) -> None:
+    made = compile_model(CNN, tmp_path / "q.onnx", **QUICK)
+    with pytest.raises(InputError, match=r"\[nodes\] range: the model already holds Q/DQ"):
+        compile_model(made.path, tmp_path / "again.onnx", nodes={convs(CNN)[0]: {"range": [0, 1]}}, latency=False)
+
+
 # ---- errors ----
 @pytest.mark.parametrize(
     ("text", "said"),
