@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from qcompile.passes.calibrate import Calibrate
+from qcompile.passes.compress_sparse import CompressSparse
 from qcompile.passes.correct_means import CorrectMeans
 from qcompile.passes.diagnose import Diagnose
 from qcompile.passes.dyadic_scales import DyadicScales
@@ -33,6 +34,7 @@ from qcompile.passes.search_ranges import SearchRanges
 from qcompile.passes.simplify_shapes import SimplifyShapes
 from qcompile.passes.sink_reshapes import SinkReshapes
 from qcompile.passes.smooth import Smooth
+from qcompile.passes.sparsify import Sparsify
 from qcompile.passes.split_heads import SplitHeads
 from qcompile.passes.sum_residuals import SumResiduals
 from qcompile.passes.sum_to_add import SumToAdd
@@ -61,6 +63,7 @@ PASSES: tuple[Pass, ...] = (
     FoldWidth(),
     Eliminate(),
     PadChannels(),
+    Sparsify(),
     Calibrate(),
     ExpectRanges(),
     Equalise(),
@@ -78,24 +81,33 @@ PASSES: tuple[Pass, ...] = (
     LowerQOperator(),
     IntegerHead(),
     LowerInteger(),
+    CompressSparse(),
     PackInt4(),
 )
 
 _CANONICAL = (FoldConstants, SumToAdd, SimplifyShapes, Eliminate, FuseGelu, FuseLinear, FoldBatchNorm)
 _DYNAMIC: tuple[Pass, ...] = (
     *(p for p in PASSES if isinstance(p, _CANONICAL)),
+    Sparsify(),
     QuantiseDynamic(),
     QuantiseEmbeddings(),
     SumResiduals(),
+    CompressSparse(),
     PackInt4(),
 )
-_WEIGHT_ONLY: tuple[Pass, ...] = (*(p for p in PASSES if isinstance(p, _CANONICAL)), WeightOnlyInt4())
+_WEIGHT_ONLY: tuple[Pass, ...] = (*(p for p in PASSES if isinstance(p, _CANONICAL)), Sparsify(), WeightOnlyInt4())
+_FLOAT: tuple[Pass, ...] = (*(p for p in PASSES if isinstance(p, _CANONICAL)), Sparsify(), CompressSparse())
 _WITHOUT_DATA = (RecordBatchNorm, ExpectRanges, CorrectMeans)
 _WITH_DATA = (SearchRanges, RefineLayers)
 
 
 def passes_for(data: str = "real") -> tuple[Pass, ...]:
-    """The passes that a compilation runs, in order; `data`: real | synthetic | dynamic (none needed) | weight_only (either)."""
+    """The passes that a compilation runs, in order; `data`: real | synthetic | dynamic (none needed) | weight_only | float.
+
+    weight_only and float (`--bits 32`: nothing is quantised) run with any data.
+    """
+    if data == "float":
+        return _FLOAT
     if data == "weight_only":
         return _WEIGHT_ONLY
     if data == "dynamic":

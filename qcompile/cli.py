@@ -76,7 +76,9 @@ def cli() -> None:
 @cli.command("compile", cls=CompileCommand, hidden=True)
 @click.argument("model", type=_FILE)
 @click.option("-o", "--output", type=_FILE, metavar="OUT", help="Where to write.  [MODEL with .int8.onnx]")
-@click.option("--bits", type=LaterChoice(["8", "4"], ["mixed"]), default="8", help="Width of weights.  [8]")
+@click.option(
+    "--bits", type=LaterChoice(["8", "4", "32"], ["mixed"]), default="8", help="Width of weights; 32: quantise nothing.  [8]"
+)
 @click.option(
     "--format",
     "format_",
@@ -129,6 +131,16 @@ def cli() -> None:
     type=click.IntRange(0, 4),
     metavar="N",
     help="Of MatMulNBits: 0 computes in float32, 4 on int8.  [4]",
+)
+@click.option("--sparsity", metavar="N:M-OR-SHARE", help="Weights that become zero: 2:4 (N of M stay), or a share such as 0.5.")
+@click.option(
+    "--criterion", type=click.Choice(["magnitude", "wanda", "obd", "obs"]), default="obs", help="Which weights those are.  [obs]"
+)
+@click.option(
+    "--sparsity-scope", type=click.Choice(["layer", "global"]), default="layer", help="What a share is a share of.  [layer]"
+)
+@click.option(
+    "--sparse-storage", type=click.Choice(["compressed", "dense"]), default="compressed", help="Of 2:4 weights.  [compressed]"
 )
 @click.option("--no-bias-correction", is_flag=True, help="Leave biases as they are.")
 @click.option("--dump-passes", type=_FOLDER, metavar="DIR", help="Write the model after every pass.")
@@ -231,19 +243,47 @@ def check(
 @click.option("--nodes", is_flag=True, help="List the nodes' names, as --exclude takes them.")
 @click.option("--require-exact", is_flag=True, help="With --dyadic: exit status 3 unless all are exact.")
 @click.option("--require-integer-only", is_flag=True, help="Exit status 3 where a float tensor lies between the ends.")
+@click.option(
+    "--sparsity",
+    is_flag=False,
+    flag_value="2:4",
+    metavar="[N:M-OR-SHARE]",
+    help="List each layer's zeros, whether it is N:M, and if sparse tensor cores can use it.  [2:4]",
+)
+@click.option(
+    "--require-sparsity",
+    type=click.FloatRange(0, 1, min_open=True),
+    metavar="SHARE",
+    help="With --sparsity: exit status 3 where a smaller share of the weights follows it.",
+)
 @_TRACEBACK
-def inspect(model: Path, dyadic: bool, nodes: bool, require_exact: bool, require_integer_only: bool) -> int:
+def inspect(
+    model: Path,
+    dyadic: bool,
+    nodes: bool,
+    require_exact: bool,
+    require_integer_only: bool,
+    sparsity: str | None,
+    require_sparsity: float | None,
+) -> int:
     """Show what MODEL holds."""
     if require_exact and not dyadic:
         raise click.UsageError("--require-exact goes with --dyadic")
+    if require_sparsity is not None and sparsity is None:
+        raise click.UsageError("--require-sparsity goes with --sparsity")
+    if sparsity is not None:
+        from qcompile.inspect_sparsity import inspect_sparsity
+
+        inspect_sparsity(model, sparsity, require_sparsity)
     from qcompile.certificate import certify
     from qcompile.inspection import rescales, summary
     from qcompile.model_file import list_nodes
 
     if nodes:
         print_rows(("name", "operator", "first output"), list_nodes(model), console())
-    certificate = certify(model) if require_integer_only or not (dyadic or nodes) else None
-    if not dyadic and not nodes:
+    summarised = not (dyadic or nodes or sparsity)
+    certificate = certify(model) if require_integer_only or summarised else None
+    if summarised:
         print_summary(summary(model), console())
     if certificate is not None:
         print_certificate(certificate, console(), every=require_integer_only)

@@ -12,6 +12,7 @@ from qcompile.plan import Plan
 from qcompile.qparams import ACTIVATIONS, ActivationType
 from qcompile.ranges import Observer
 from qcompile.runtime import Array, Feeds
+from qcompile.sparsity import SparseRecord
 
 FLOAT_BITS = 32  # in `Settings.raised`: the layer stays float
 
@@ -44,6 +45,8 @@ class Settings:
     effort: fast | default | best.
     exclude: node names or shell patterns that stay float. raised: (node, bits) of layers that a limit on the result needs to have
     more bits than the others, `FLOAT_BITS` for float. weight_only: set where activations stay float.
+    sparsity: `2:4` or a share such as `0.5` of weights that become zero; criterion: magnitude | wanda | obd | obs;
+    sparsity_scope: layer | global, what a share is a share of; sparse_storage: compressed | dense, of 2:4 weights.
     inline: functions of the integer format are written out. io: float | integer, the type of its inputs and outputs.
     """
 
@@ -61,6 +64,10 @@ class Settings:
     raised: tuple[tuple[str, int], ...] = ()
     inline: bool = False
     io: str = "float"
+    sparsity: str | None = None
+    criterion: str = "obs"
+    sparsity_scope: str = "layer"
+    sparse_storage: str = "compressed"
 
     @property
     def weight_top(self) -> int:
@@ -78,7 +85,7 @@ class Settings:
     def excluded(self, name: str) -> bool:
         """Whether node `name` is to stay float."""
         patterns = any(name == pattern or fnmatchcase(name, pattern) for pattern in self.exclude)
-        return patterns or self.bits_for(name) == FLOAT_BITS
+        return patterns or dict(self.raised).get(name) == FLOAT_BITS
 
 
 @dataclass
@@ -106,6 +113,7 @@ class Context:
     diagnose: bool = False
     batch_norms: list[BatchNormRecord] = field(default_factory=list)
     progress: Callable[[str], None] | None = None
+    sparse: list[SparseRecord] | None = None  # what became sparse, once that was decided
 
     @property
     def activations(self) -> ActivationType:

@@ -42,17 +42,18 @@ class Grid:
 
 
 def round_on_lattice(
-    weight: Array, scale: Array, moment: Array, least: Array, grid: Grid
+    weight: Array, scale: Array, moment: Array, least: Array, grid: Grid, keep: Array | None = None
 ) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
     """Integers [groups, channels, K] and scales [groups, channels] for `weight` of that shape and `moment` [groups, K, K].
 
     scale: the scales to start from, float32; least: those that an accumulator needs at least, [groups, channels]. No channel is
-    worse on the (damped) moment than round to nearest at the scale it started from.
+    worse on the (damped) moment than round to nearest at the scale it started from. keep: where False the weight is 0 and its
+    integer stays 0.
     """
     damped = np.array(moment, np.float64)
     level = np.abs(np.einsum("gkk->gk", damped)).mean(axis=1)
     np.einsum("gkk->gk", damped)[...] += grid.damping * level[:, None]
-    best_q = _round(weight, scale, moment, grid)
+    best_q = _round(weight, scale, moment, grid, keep)
     best_scale = np.array(scale, np.float32)
     if not (level > 0).any():
         return best_q, best_scale
@@ -61,17 +62,19 @@ def round_on_lattice(
     for factor in grid.factors(weight.shape[2]):
         wanted = np.maximum(peak * factor, least)
         trial = grid_scales(wanted.reshape(-1), grid.input_scale, grid.output_scale).reshape(wanted.shape)
-        q = _round(weight, trial, moment, grid)
+        q = _round(weight, trial, moment, grid, keep)
         error = _error(weight, trial, damped, q)
         better = error < best
         best_q[better], best_scale[better], best[better] = q[better], trial[better], error[better]
     return best_q, best_scale
 
 
-def _round(weight: Array, scale: Array, moment: Array, grid: Grid) -> npt.NDArray[np.int8]:
-    start = nearest(weight, scale, grid.pair_rule, grid.top)
-    q = second_order_round(weight, scale, moment, start, pair_rule=grid.pair_rule, damping=grid.damping, top=grid.top)
-    return descend(weight, scale, moment, q, pair_rule=grid.pair_rule, damping=grid.damping, top=grid.top, sweeps=_SWEEPS)
+def _round(weight: Array, scale: Array, moment: Array, grid: Grid, keep: Array | None) -> npt.NDArray[np.int8]:
+    pair_rule, damping, top = grid.pair_rule, grid.damping, grid.top
+    start = nearest(weight, scale, pair_rule, top)
+    limits = None if keep is None else (np.where(keep, -top, 0), np.where(keep, top, 0))
+    q = second_order_round(weight, scale, moment, start, pair_rule=pair_rule, damping=damping, top=top, limits=limits)
+    return descend(weight, scale, moment, q, pair_rule=pair_rule, damping=damping, top=top, sweeps=_SWEEPS, keep=keep)
 
 
 def _error(weight: Array, scale: Array, moment: Array, q: Array) -> npt.NDArray[np.float64]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from qcompile.context import Settings, WeightOnly
+from qcompile.context import FLOAT_BITS, Settings, WeightOnly
+from qcompile.criteria import CRITERIA
 from qcompile.errors import InputError
+from qcompile.sparsity import Pattern, parse_sparsity
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "format": ("qdq", "qoperator", "integer"),
@@ -15,6 +17,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "effort": ("fast", "default", "best"),
     "inputs_as": ("float32", "uint8"),
     "io": ("float", "integer"),
+    "criterion": tuple(CRITERIA),
+    "sparsity_scope": ("layer", "global"),
+    "sparse_storage": ("compressed", "dense"),
 }
 BLOCKS = (32, 64, 128)
 SPELLINGS = ("matmulnbits", "portable")
@@ -22,8 +27,10 @@ SPELLINGS = ("matmulnbits", "portable")
 
 def check_settings(settings: Settings, max_drop: float | None, has_evaluation: bool, min_agreement: float | None = None) -> None:
     """Raise InputError for a value that is not offered, or options that cannot go together."""
-    if settings.bits not in (4, 8):
-        raise InputError(f"--bits {settings.bits}: this version writes weights of 8 or 4 bits; use one of them")
+    if settings.bits not in (4, 8, FLOAT_BITS):
+        raise InputError(f"--bits {settings.bits}: this version writes weights of 8 or 4 bits (32: float); use one of them")
+    if settings.bits == FLOAT_BITS:
+        _check_float(settings)
     if settings.bits == 4 and settings.opset is not None and settings.opset < 21:
         raise InputError(f"--bits 4 --opset {settings.opset}: INT4 tensors need opset 21; leave --opset out")
     for name, offered in CHOICES.items():
@@ -52,6 +59,36 @@ def check_settings(settings: Settings, max_drop: float | None, has_evaluation: b
         raise InputError("--min-agreement compares both models on samples; give them with --eval")
     if min_agreement is not None and not 0 < min_agreement <= 1:
         raise InputError(f"--min-agreement {min_agreement:g}: give a share above 0 and at most 1, such as .99")
+
+
+def check_sparsity(settings: Settings, has_data: bool) -> None:
+    """Raise InputError for a sparsity that cannot be, or a criterion that looks at samples where there are none."""
+    if settings.sparsity is None:
+        if settings.criterion != Settings.criterion:
+            raise InputError(f"--criterion {settings.criterion}: says which weights become zero; give --sparsity with it")
+        if settings.sparsity_scope != Settings.sparsity_scope:
+            raise InputError(f"--sparsity-scope {settings.sparsity_scope}: give --sparsity with it")
+        return
+    rule = parse_sparsity(settings.sparsity)
+    if isinstance(rule, Pattern) and settings.sparsity_scope != "layer":
+        raise InputError(
+            f"--sparsity {rule} --sparsity-scope {settings.sparsity_scope}: N:M is the same in every layer; leave it out"
+        )
+    if CRITERIA[settings.criterion].needs_data and not has_data:
+        raise InputError(
+            f"--sparsity {settings.sparsity} --criterion {settings.criterion}: judges weights by what they multiply; "
+            "give --data, or --criterion magnitude"
+        )
+
+
+def _check_float(settings: Settings) -> None:
+    """Raise InputError for what `--bits 32` does not go with: nothing is quantised."""
+    if settings.sparsity is None:
+        raise InputError("--bits 32 writes a float model, and there is nothing to do to it; give --sparsity with it")
+    for name in ("format", "inputs_as", "target"):
+        value, usual = getattr(settings, name), getattr(Settings, name)
+        if value != usual:
+            raise InputError(f"--bits 32 --{name.replace('_', '-')} {value}: nothing is quantised; leave --bits 32 or it out")
 
 
 def weight_only_of(
@@ -102,7 +139,8 @@ def _check_weight_only(settings: Settings, options: WeightOnly) -> None:
 
 def output_path(source: Path, output: str | Path | None, bits: int) -> Path:
     """The file to write: `output`, or MODEL.int8.onnx beside the source. Raises InputError where it cannot be written."""
-    path = Path(output) if output is not None else source.with_suffix(f".int{bits}.onnx")
+    suffix = ".sparse.onnx" if bits == FLOAT_BITS else f".int{bits}.onnx"
+    path = Path(output) if output is not None else source.with_suffix(suffix)
     if path.is_dir():
         raise InputError(f"{path}: is a folder; give a file name with -o")
     folder = path.parent

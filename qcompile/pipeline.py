@@ -18,7 +18,7 @@ from qcompile.certificate import certify
 from qcompile.check import Measured, Progress, fusion_json, measure, nodes_json
 from qcompile.compact import compact
 from qcompile.compare_targets import FREE, both_targets
-from qcompile.context import Context, Settings
+from qcompile.context import FLOAT_BITS, Context, Settings
 from qcompile.convert import lower_opset
 from qcompile.data import Dataset, load_dataset
 from qcompile.errors import DataError, InputError, LimitError, QcompileError
@@ -31,11 +31,12 @@ from qcompile.limits import Limits
 from qcompile.load import Loaded, load_model
 from qcompile.made_up import make_up
 from qcompile.names import names_of, shorten_names
-from qcompile.options import check_settings, output_path, weight_only_of
+from qcompile.options import check_settings, check_sparsity, output_path, weight_only_of
 from qcompile.passes import passes_for
 from qcompile.report_file import file_record, peak_rss_mb
 from qcompile.run_passes import run_passes
 from qcompile.samples import model_inputs
+from qcompile.sparsity_report import sparsity_json
 from qcompile.tensors import is_external, location
 
 _CHECK_FEEDS = 2
@@ -83,6 +84,10 @@ def compile_model(
     symmetric: bool | None = None,
     spelling: str | None = None,
     accuracy_level: int | None = None,
+    sparsity: str | float | None = None,
+    criterion: str = "obs",
+    sparsity_scope: str = "layer",
+    sparse_storage: str = "compressed",
     preprocess: str | None = None,
     bias_correction: bool = True,
     seed: int = 0,
@@ -97,6 +102,9 @@ def compile_model(
     data, eval_data: a SPEC (see `qcompile.data`) or a Dataset; without a limit `eval_data` never changes the written bytes.
     inline, io: in format integer, functions are written out; io "integer": inputs and outputs are integers too.
     activations: int8, or float for weight-only INT4, whose options are block, symmetric, spelling and accuracy_level.
+    bits: 8, 4, or 32 to quantise nothing. sparsity: "2:4" (N:M along the input channels) or a share of zeros such as 0.5, chosen
+    by `criterion` (magnitude | wanda | obd | obs); sparsity_scope "global": the share is one budget for all layers;
+    sparse_storage "dense": 2:4 weights are stored with their zeros.
     max_drop: the largest drop of top-1 accuracy, in percentage points, that `eval_data` (with labels) must not contradict;
     min_agreement: the least share of samples that keep their class. Where a limit does not hold on one half of `eval_data`,
     layers are raised to 8 bits, then to float, until it does; the verdict is on the other half (`qcompile.fallback`).
@@ -123,8 +131,13 @@ def compile_model(
         inline=inline,
         io=io,
         weight_only=weight_only_of(activations, block, symmetric, spelling, accuracy_level),
+        sparsity=None if sparsity is None else str(sparsity),
+        criterion=criterion,
+        sparsity_scope=sparsity_scope,
+        sparse_storage=sparse_storage,
     )
     check_settings(settings, max_drop, eval_data is not None, min_agreement)
+    check_sparsity(settings, data is not None)
     limits = Limits(max_drop, min_agreement)
     source = Path(model)
     path = output_path(source, output, bits)
@@ -149,11 +162,13 @@ def compile_model(
         measured, measured_on = _measure(source, path, given, latency, effort, progress)
         report = _report(source, path, built, audited, measured, given)
         report["data"]["evaluation"] = measured_on
+        report.update(sparsity_json(source, path, built.context, given.calibration))
         report["seconds"] = round(time.perf_counter() - start, 3)
         report["peak_rss_mb"] = peak_rss_mb()
-        if compare_targets and target == "any" and effort != "fast" and eval_data is not None:
+        if compare_targets and bits != FLOAT_BITS and target == "any" and effort != "fast" and eval_data is not None:
             again = partial(compile_model, source, format=format, target=FREE, data=data, samples=samples, eval_data=eval_data)
             again = partial(again, bits=bits, ranges=ranges, effort=effort, exclude=exclude, opset=opset, inputs_as=inputs_as)
+            again = partial(again, sparsity=sparsity, criterion=criterion, sparsity_scope=sparsity_scope)
             again = partial(again, preprocess=preprocess, bias_correction=bias_correction, seed=seed, latency=False)
             _compare_targets(path, report, again, progress)
     except BaseException:  # Ctrl-C too: a file that was never measured must not look like a result
@@ -207,7 +222,7 @@ class _Compiler:
         context.synthetic = given.kind == "synthetic"
         context.progress = _stages(self.progress, given)
         feeds = [s.feeds for s in islice(given.calibration, 1 if settings.effort == "fast" else _CHECK_FEEDS)]
-        steps = passes_for(given.kind if settings.weight_only is None else "weight_only")
+        steps = passes_for("float" if settings.bits == FLOAT_BITS else "weight_only" if settings.weight_only else given.kind)
         rows = run_passes(graph, context, steps, feeds, dump)
         if settings.inputs_as != "float32" or settings.io == "integer":
             take_integers(graph, "--io integer" if settings.io == "integer" else "--inputs-as uint8")

@@ -119,6 +119,10 @@ def test_defaults_reach_the_pipeline(command: Command, pipeline: FakePipeline) -
         "symmetric": None,
         "spelling": None,
         "accuracy_level": None,
+        "sparsity": None,
+        "criterion": "obs",
+        "sparsity_scope": "layer",
+        "sparse_storage": "compressed",
         "preprocess": None,
         "bias_correction": True,
         "seed": 0,
@@ -145,6 +149,7 @@ def test_every_option_reaches_the_pipeline(command: Command, pipeline: FakePipel
     args += "--max-drop 0.5 --min-agreement .9 "
     args += "--effort fast --ranges percentile --exclude head --exclude /b/* --opset 17 --inputs-as uint8 --inline --io integer "
     args += "--activations float --block 64 --symmetric --spelling portable --accuracy-level 1 "
+    args += "--sparsity 0.5 --criterion wanda --sparsity-scope global --sparse-storage dense "
     args += "--no-bias-correction --dump-passes dump --seed 3 --no-latency --quiet"
     report = tmp_path / "r.json"
     status, out, err = command("m.onnx", *args.split(), "--report", report)
@@ -173,6 +178,10 @@ def test_every_option_reaches_the_pipeline(command: Command, pipeline: FakePipel
         "symmetric": True,
         "spelling": "portable",
         "accuracy_level": 1,
+        "sparsity": "0.5",
+        "criterion": "wanda",
+        "sparsity_scope": "global",
+        "sparse_storage": "dense",
         "preprocess": "imagenet",
         "bias_correction": False,
         "seed": 3,
