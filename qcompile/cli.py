@@ -256,6 +256,9 @@ def check(
     metavar="SHARE",
     help="With --sparsity: exit status 3 where a smaller share of the weights follows it.",
 )
+@click.option(
+    "--export-2:4", "export_24", type=_FOLDER, metavar="DIR", help="Write 2:4 layers as GPUs' sparse tensors hold them."
+)
 @_TRACEBACK
 def inspect(
     model: Path,
@@ -265,6 +268,7 @@ def inspect(
     require_integer_only: bool,
     sparsity: str | None,
     require_sparsity: float | None,
+    export_24: Path | None,
 ) -> int:
     """Show what MODEL holds."""
     if require_exact and not dyadic:
@@ -275,13 +279,17 @@ def inspect(
         from qcompile.inspect_sparsity import inspect_sparsity
 
         inspect_sparsity(model, sparsity, require_sparsity)
+    if export_24 is not None:
+        from qcompile.inspect_sparsity import inspect_export
+
+        inspect_export(model, export_24)
     from qcompile.certificate import certify
     from qcompile.inspection import rescales, summary
     from qcompile.model_file import list_nodes
 
     if nodes:
         print_rows(("name", "operator", "first output"), list_nodes(model), console())
-    summarised = not (dyadic or nodes or sparsity)
+    summarised = not (dyadic or nodes or sparsity or export_24)
     certificate = certify(model) if require_integer_only or summarised else None
     if summarised:
         print_summary(summary(model), console())

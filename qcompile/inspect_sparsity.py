@@ -10,6 +10,7 @@ from rich.console import Console
 from qcompile.errors import LimitError
 from qcompile.layer_counts import LayerCount, count_layers, share_that_follows
 from qcompile.printing import console, print_rows
+from qcompile.semi_structured import export
 from qcompile.sparsity import Rule, parse_sparsity
 
 
@@ -21,6 +22,14 @@ def inspect_sparsity(model: Path, text: str, required: float | None) -> None:
     share = share_that_follows(layers, rule)
     if required is not None and share < required:
         raise LimitError(f"{model}: {100 * share:.1f} % of the weights follow {rule}, less than {100 * required:g} %")
+
+
+def inspect_export(model: Path, folder: Path) -> None:
+    """Write the file's 2:4 layers into `folder` and say which."""
+    manifest, out = export(model, folder), console()
+    rows = [(e["file"], e["node"], e["op"], e["rows"], e["columns"], e["dtype"]) for e in manifest["layers"]]
+    print_rows(("file", "layer", "operator", "rows", "reduction", "values"), rows, out)
+    out.print(f"wrote {len(rows)} layers to {folder}; {len(manifest['skipped'])} left out, with reasons in manifest.json")
 
 
 def print_layers(found: Sequence[LayerCount], rule: Rule, out: Console) -> None:

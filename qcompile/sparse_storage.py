@@ -32,11 +32,15 @@ def compress(weight: Array) -> Compressed | None:
     if not weight.size or not follows(weight, TWO_OF_FOUR) or weight.size % 8:
         return None
     blocks = weight.reshape(-1, 4)
-    # The places of what is not zero come first, then free ones; the first two, in rising order.
-    places = np.sort(np.argsort(blocks == 0, axis=1, kind="stable")[:, :2], axis=1)
+    places = places_of(blocks)
     values = np.take_along_axis(blocks, places, axis=1)
     codes = (places[:, 0] + 4 * places[:, 1]).astype(np.uint8)
     return Compressed(values, (codes[0::2] | (codes[1::2] << 4)).astype(np.uint8))
+
+
+def places_of(blocks: Array) -> npt.NDArray[np.int64]:
+    """Two places, rising, for each of `blocks` [n, 4]: those of what is not zero, then free ones."""
+    return np.sort(np.argsort(blocks == 0, axis=1, kind="stable")[:, :2], axis=1).astype(np.int64)
 
 
 def decompress(stored: Compressed, shape: tuple[int, ...]) -> Array:
