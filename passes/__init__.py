@@ -24,6 +24,7 @@ from qcompile.passes.pack_int4 import PackInt4
 from qcompile.passes.pad_channels import PadChannels
 from qcompile.passes.patch_to_gemm import PatchToGemm
 from qcompile.passes.pool_to_conv import PoolToConv
+from qcompile.passes.prune_channels import PruneChannels
 from qcompile.passes.quantise import Quantise
 from qcompile.passes.quantise_dynamic import QuantiseDynamic
 from qcompile.passes.quantise_embeddings import QuantiseEmbeddings
@@ -52,6 +53,7 @@ PASSES: tuple[Pass, ...] = (
     RecordBatchNorm(),
     FoldBatchNorm(),
     FuseLinear(),
+    PruneChannels(),
     PatchToGemm(),
     LinearForm(),
     SinkReshapes(),
@@ -85,7 +87,7 @@ PASSES: tuple[Pass, ...] = (
     PackInt4(),
 )
 
-_CANONICAL = (FoldConstants, SumToAdd, SimplifyShapes, Eliminate, FuseGelu, FuseLinear, FoldBatchNorm)
+_CANONICAL = (FoldConstants, SumToAdd, SimplifyShapes, Eliminate, FuseGelu, FuseLinear, FoldBatchNorm, PruneChannels)
 _DYNAMIC: tuple[Pass, ...] = (
     *(p for p in PASSES if isinstance(p, _CANONICAL)),
     Sparsify(),

@@ -142,6 +142,16 @@ def cli() -> None:
 @click.option(
     "--sparse-storage", type=click.Choice(["compressed", "dense"]), default="compressed", help="Of 2:4 weights.  [compressed]"
 )
+@click.option(
+    "--prune-channels", type=float, metavar="SHARE", help="Remove whole channels, heads and hidden units: the share that goes."
+)
+@click.option(
+    "--prune-criterion", type=click.Choice(["l1", "hrank", "second-order"]), help="Which channels those are.  [second-order]"
+)
+@click.option("--prune-budget", type=click.Choice(["params", "macs", "latency"]), help="What it is a share of.  [macs]")
+@click.option("--channel-multiple", type=click.IntRange(min=1), metavar="N", help="Kept widths are multiples of N.  [8]")
+@click.option("--keep", multiple=True, metavar="NODE-OR-PATTERN", help="Layers that lose no channels; may be repeated.")
+@click.option("--no-refit", "refit", flag_value=False, default=None, help="Do not fit what is left of the weights anew.")
 @click.option("--no-bias-correction", is_flag=True, help="Leave biases as they are.")
 @click.option("--dump-passes", type=_FOLDER, metavar="DIR", help="Write the model after every pass.")
 @_SEED

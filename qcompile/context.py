@@ -38,6 +38,37 @@ class WeightOnly:
 
 
 @dataclass(frozen=True)
+class ChannelPruning:
+    """How channels are removed.
+
+    ratio: the share of the budget that goes; budget: params | macs | latency; criterion: l1 | hrank | second-order; multiple:
+    kept widths are multiples of it; keep: names or patterns of layers that stay; refit: weights are fitted anew.
+    """
+
+    ratio: float
+    criterion: str = "second-order"
+    budget: str = "macs"
+    multiple: int = 8
+    keep: tuple[str, ...] = ()
+    refit: bool = True
+
+    @staticmethod
+    def keeps(name: str, pattern: str) -> bool:
+        """Whether node `name` is one that `pattern` means."""
+        return name == pattern or fnmatchcase(name, pattern)
+
+
+@dataclass(frozen=True)
+class PrunedRecord:
+    """A layer that lost output channels: how many it had and has."""
+
+    node: str
+    op: str
+    channels: int
+    kept: int
+
+
+@dataclass(frozen=True)
 class Settings:
     """Options of one compilation; every field changes the output and stands in the report.
 
@@ -47,6 +78,7 @@ class Settings:
     more bits than the others, `FLOAT_BITS` for float. weight_only: set where activations stay float.
     sparsity: `2:4` or a share such as `0.5` of weights that become zero; criterion: magnitude | wanda | obd | obs;
     sparsity_scope: layer | global, what a share is a share of; sparse_storage: compressed | dense, of 2:4 weights.
+    pruning: set where channels are removed.
     inline: functions of the integer format are written out. io: float | integer, the type of its inputs and outputs.
     """
 
@@ -68,6 +100,7 @@ class Settings:
     criterion: str = "obs"
     sparsity_scope: str = "layer"
     sparse_storage: str = "compressed"
+    pruning: ChannelPruning | None = None
 
     @property
     def weight_top(self) -> int:
@@ -114,6 +147,7 @@ class Context:
     batch_norms: list[BatchNormRecord] = field(default_factory=list)
     progress: Callable[[str], None] | None = None
     sparse: list[SparseRecord] | None = None  # what became sparse, once that was decided
+    pruned: list[PrunedRecord] | None = None  # what lost channels
 
     @property
     def activations(self) -> ActivationType:

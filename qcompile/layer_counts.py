@@ -106,7 +106,7 @@ def count_layers(model: str | Path, feeds: Feeds | None = None) -> list[LayerCou
     known: dict[Tensor, tuple[Array, int] | None] = {}
     found = [(n, _weights(graph, n.inputs[_INPUT[n.op]], known)) for n in layers]
     weighted = [(n, w) for n, w in found if w is not None and w[0].ndim >= 2]
-    sizes = _output_sizes(graph, [n for n, _ in weighted], feeds) if feeds is not None else {}
+    sizes = output_sizes(graph, [n for n, _ in weighted], feeds) if feeds is not None else {}
     return [_count(node, *weight, sizes.get(node)) for node, weight in weighted]
 
 
@@ -195,8 +195,8 @@ def _bits(const: Const) -> int:
     return bits(const.elem_type)
 
 
-def _output_sizes(graph: Graph, nodes: Sequence[Node], feeds: Feeds) -> dict[Node, int]:
-    """Elements of each node's output in one run on `feeds`."""
+def output_sizes(graph: Graph, nodes: Sequence[Node], feeds: Feeds) -> dict[Node, int]:
+    """Elements of the output of each of `nodes` in one run of `graph` on `feeds`."""
     names = {n: n.outputs[0].name for n in nodes}
     watched = graph.copy()
     present = {o.name for o in watched.outputs}

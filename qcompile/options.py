@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from qcompile.context import FLOAT_BITS, Settings, WeightOnly
+from qcompile.context import FLOAT_BITS, ChannelPruning, Settings, WeightOnly
 from qcompile.criteria import CRITERIA
 from qcompile.errors import InputError
 from qcompile.sparsity import Pattern, parse_sparsity
@@ -23,6 +23,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 BLOCKS = (32, 64, 128)
 SPELLINGS = ("matmulnbits", "portable")
+PRUNE_CRITERIA = ("l1", "hrank", "second-order")
+PRUNE_BUDGETS = ("params", "macs", "latency")
 
 
 def check_settings(settings: Settings, max_drop: float | None, has_evaluation: bool, min_agreement: float | None = None) -> None:
@@ -63,6 +65,7 @@ def check_settings(settings: Settings, max_drop: float | None, has_evaluation: b
 
 def check_sparsity(settings: Settings, has_data: bool) -> None:
     """Raise InputError for a sparsity that cannot be, or a criterion that looks at samples where there are none."""
+    _check_pruning(settings.pruning, has_data)
     if settings.sparsity is None:
         if settings.criterion != Settings.criterion:
             raise InputError(f"--criterion {settings.criterion}: says which weights become zero; give --sparsity with it")
@@ -81,10 +84,52 @@ def check_sparsity(settings: Settings, has_data: bool) -> None:
         )
 
 
+def pruning_of(
+    ratio: float | None,
+    criterion: str | None,
+    budget: str | None,
+    multiple: int | None,
+    keep: tuple[str, ...],
+    refit: bool | None,
+) -> ChannelPruning | None:
+    """The options of `--prune-channels`, defaults filled in; None without it. Raises InputError where they cannot be."""
+    given = {"prune-criterion": criterion, "prune-budget": budget, "channel-multiple": multiple, "keep": keep or None}
+    first = next((name for name, value in given.items() if value is not None), None) or ("no-refit" if refit is False else None)
+    if ratio is None:
+        if first is not None:
+            raise InputError(f"--{first} is for channel pruning; give --prune-channels with it")
+        return None
+    usual = ChannelPruning(ratio)
+    if not 0 < ratio < 1:
+        raise InputError(f"--prune-channels {ratio:g}: give the share to remove, above 0 and below 1, such as 0.3")
+    if criterion is not None and criterion not in PRUNE_CRITERIA:
+        raise InputError(f"--prune-criterion {criterion}: choose one of {', '.join(PRUNE_CRITERIA)}")
+    if budget is not None and budget not in PRUNE_BUDGETS:
+        raise InputError(f"--prune-budget {budget}: choose one of {', '.join(PRUNE_BUDGETS)}")
+    if multiple is not None and multiple < 1:
+        raise InputError(f"--channel-multiple {multiple}: give a whole number of at least 1")
+    return ChannelPruning(
+        ratio,
+        usual.criterion if criterion is None else criterion,
+        usual.budget if budget is None else budget,
+        usual.multiple if multiple is None else multiple,
+        keep,
+        usual.refit if refit is None else refit,
+    )
+
+
+def _check_pruning(pruning: ChannelPruning | None, has_data: bool) -> None:
+    """Raise InputError where channels are judged or refitted by samples and there are none."""
+    if pruning is None or has_data or (pruning.criterion == "l1" and not pruning.refit):
+        return
+    what = "refitting" if pruning.criterion == "l1" else f"--prune-criterion {pruning.criterion}"
+    raise InputError(f"--prune-channels: {what} looks at samples; give --data, or --prune-criterion l1 --no-refit")
+
+
 def _check_float(settings: Settings) -> None:
     """Raise InputError for what `--bits 32` does not go with: nothing is quantised."""
-    if settings.sparsity is None:
-        raise InputError("--bits 32 writes a float model, and there is nothing to do to it; give --sparsity with it")
+    if settings.sparsity is None and settings.pruning is None:
+        raise InputError("--bits 32 writes a float model, and there is nothing to do to it; give --sparsity or --prune-channels")
     for name in ("format", "inputs_as", "target"):
         value, usual = getattr(settings, name), getattr(Settings, name)
         if value != usual:
@@ -139,7 +184,7 @@ def _check_weight_only(settings: Settings, options: WeightOnly) -> None:
 
 def output_path(source: Path, output: str | Path | None, bits: int) -> Path:
     """The file to write: `output`, or MODEL.int8.onnx beside the source. Raises InputError where it cannot be written."""
-    suffix = ".sparse.onnx" if bits == FLOAT_BITS else f".int{bits}.onnx"
+    suffix = ".pruned.onnx" if bits == FLOAT_BITS else f".int{bits}.onnx"
     path = Path(output) if output is not None else source.with_suffix(suffix)
     if path.is_dir():
         raise InputError(f"{path}: is a folder; give a file name with -o")

@@ -31,7 +31,7 @@ from qcompile.limits import Limits
 from qcompile.load import Loaded, load_model
 from qcompile.made_up import make_up
 from qcompile.names import names_of, shorten_names
-from qcompile.options import check_settings, check_sparsity, output_path, weight_only_of
+from qcompile.options import check_settings, check_sparsity, output_path, pruning_of, weight_only_of
 from qcompile.passes import passes_for
 from qcompile.report_file import file_record, peak_rss_mb
 from qcompile.run_passes import run_passes
@@ -88,6 +88,12 @@ def compile_model(
     criterion: str = "obs",
     sparsity_scope: str = "layer",
     sparse_storage: str = "compressed",
+    prune_channels: float | None = None,
+    prune_criterion: str | None = None,
+    prune_budget: str | None = None,
+    channel_multiple: int | None = None,
+    keep: Sequence[str] = (),
+    refit: bool | None = None,
     preprocess: str | None = None,
     bias_correction: bool = True,
     seed: int = 0,
@@ -105,13 +111,15 @@ def compile_model(
     bits: 8, 4, or 32 to quantise nothing. sparsity: "2:4" (N:M along the input channels) or a share of zeros such as 0.5, chosen
     by `criterion` (magnitude | wanda | obd | obs); sparsity_scope "global": the share is one budget for all layers;
     sparse_storage "dense": 2:4 weights are stored with their zeros.
-    max_drop: the largest drop of top-1 accuracy, in percentage points, that `eval_data` (with labels) must not contradict;
-    min_agreement: the least share of samples that keep their class. Where a limit does not hold on one half of `eval_data`,
-    layers are raised to 8 bits, then to float, until it does; the verdict is on the other half (`qcompile.fallback`).
-    compare_targets: where target is `any`, effort is not `fast` and there is `eval_data`, also say what `vnni` would have given.
-    diagnose: measure each layer's part in the error as well (the report's `layers`); the written bytes stay the same.
-    Returns the written path and the report. Raises InputError, ModelError or DataError (exit status 2), PassError (1), and
-    LimitError (3) where the samples show that a limit is broken: the file is then kept with `.failed` before its suffix.
+    prune_channels: the share of `prune_budget` (params | macs | latency) that goes with whole channels, judged by
+    `prune_criterion` (l1 | hrank | second-order), widths multiples of `channel_multiple`, layers in `keep` untouched; refit
+    False: weights stay. max_drop: the largest drop of top-1 accuracy, in percentage points, that `eval_data` (with labels) must
+    not contradict; min_agreement: the least share of samples that keep their class. Where a limit does not hold on one half of
+    `eval_data`, layers are raised to 8 bits, then to float, until it does; the verdict is on the other half
+    (`qcompile.fallback`). compare_targets: where target is `any`, effort is not `fast` and there is `eval_data`, also say what
+    `vnni` would have given. diagnose: measure each layer's part in the error as well (the report's `layers`); the written bytes
+    stay the same. Returns the written path and the report. Raises InputError, ModelError or DataError (exit status 2), PassError
+    (1), and LimitError (3) where the samples show that a limit is broken: the file is then kept with `.failed` before its suffix.
 
     >>> compiled = compile_model("models/digits_cnn.onnx", data="models/digits_calib.npz")  # doctest: +SKIP
     >>> compiled.report["accuracy"]["sqnr_db"]  # doctest: +SKIP
@@ -135,6 +143,7 @@ def compile_model(
         criterion=criterion,
         sparsity_scope=sparsity_scope,
         sparse_storage=sparse_storage,
+        pruning=pruning_of(prune_channels, prune_criterion, prune_budget, channel_multiple, tuple(keep), refit),
     )
     check_settings(settings, max_drop, eval_data is not None, min_agreement)
     check_sparsity(settings, data is not None)
@@ -169,6 +178,8 @@ def compile_model(
             again = partial(compile_model, source, format=format, target=FREE, data=data, samples=samples, eval_data=eval_data)
             again = partial(again, bits=bits, ranges=ranges, effort=effort, exclude=exclude, opset=opset, inputs_as=inputs_as)
             again = partial(again, sparsity=sparsity, criterion=criterion, sparsity_scope=sparsity_scope)
+            again = partial(again, prune_channels=prune_channels, prune_criterion=prune_criterion, prune_budget=prune_budget)
+            again = partial(again, channel_multiple=channel_multiple, keep=keep, refit=refit)
             again = partial(again, preprocess=preprocess, bias_correction=bias_correction, seed=seed, latency=False)
             _compare_targets(path, report, again, progress)
     except BaseException:  # Ctrl-C too: a file that was never measured must not look like a result

@@ -14,6 +14,12 @@ def sparsity_lines(report: Mapping[str, Any]) -> Iterable[str]:
         follows = found["share_that_follows"]
         whole = "" if follows is None else f"; {100 * follows:.1f} % of all weights (depthwise aside) follow {found['rule']}"
         yield f"sparsity {found['rule']} by {found['criterion']}: {zeros}{whole}"
+    pruned = report.get("pruning")
+    if pruned:
+        counted = sum(x["channels"] for x in pruned["layers"]), sum(x["kept"] for x in pruned["layers"])
+        share = f"{pruned['ratio']:g} of the {pruned['budget']} was to go"
+        layers = len(pruned["layers"])
+        yield f"pruned by {pruned['criterion']}: {counted[0]} channels of {layers} layers became {counted[1]}; {share}"
     for side, counts in (report.get("complexity") or {}).items():
         costs = "".join(f", {engineering(counts[key])} {name}" for key, name in (("macs", "MACs"), ("bops", "BOPS")))
         yield f"{side}: {engineering(counts['parameters'])} weights, {engineering(counts['zeros'])} of them zero{costs}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,21 @@ from qcompile.sparsity import Pattern, parse_sparsity
 
 
 def sparsity_json(source: Path, written: Path, context: Context, data: Dataset) -> dict[str, Any]:
-    """{"sparsity", "complexity"} of a compilation that pruned; empty for any other. MACs are those of one sample of `data`."""
+    """{"sparsity", "pruning", "complexity"} of a compilation that pruned, else nothing. MACs are those of one sample."""
     settings = context.settings
-    if settings.sparsity is None:
+    if settings.sparsity is None and settings.pruning is None:
         return {}
     feeds = next(sample.feeds for sample in data)
     before, after = count_layers(source, feeds), count_layers(written, quantised_feeds(source, written, feeds))
     complexity = {"float": totals(before), "quantised": totals(after)}
+    report: dict[str, Any] = {"complexity": complexity}
+    if settings.pruning is not None:
+        report["pruning"] = {**asdict(settings.pruning), "layers": [asdict(record) for record in context.pruned or []]}
+    if settings.sparsity is None:
+        return report
     rule = parse_sparsity(settings.sparsity)
     records = context.sparse or []
-    found = {
+    report["sparsity"] = {
         "rule": str(rule),
         "criterion": settings.criterion,
         "scope": settings.sparsity_scope,
@@ -42,4 +48,4 @@ def sparsity_json(source: Path, written: Path, context: Context, data: Dataset) 
             for r in records
         ],
     }
-    return {"sparsity": found, "complexity": complexity}
+    return report
