@@ -4,16 +4,26 @@ from __future__ import annotations
 
 from qcompile.kernels._protocol import Kernel
 from qcompile.kernels.igelu import IGelu
+from qcompile.kernels.ilayernorm import ILayerNorm, IRmsNorm
 from qcompile.kernels.inormalise import INormalise
 from qcompile.kernels.isoftmax import IExp, ISoftmax
+from qcompile.kernels.isqrt import ISqrt
+from qcompile.kernels.ratio import RatioRescale
+from qcompile.kernels.rescale import DyadicRescale, FusedRescale
 from qcompile.kernels.table import Table
 from qcompile.kernels.table_exp import TableExp
 
 KERNELS: tuple[type[Kernel], ...] = (
+    DyadicRescale,
+    FusedRescale,
     IExp,
     IGelu,
+    ILayerNorm,
     INormalise,
+    IRmsNorm,
     ISoftmax,
+    ISqrt,
+    RatioRescale,
     Table,
     TableExp,
 )

@@ -1,5 +1,19 @@
 """The bodies of i-LayerNorm and RMSNorm in ONNX operators, with the bounds that keep every value inside its type."""
 
+
+def _divided(row: str, high: str, low: str) -> str:
+    """The lines that divide a row and its ends by the least k that brings them to W bits."""
+    return f"""
+    beyond = Sub (minus_one, {low})
+    farthest = Max ({high}, beyond)
+    k_less = Div (farthest, room_)
+    k = Add (k_less, one)
+    u = Div ({row}, k)
+    high_u = Div ({high}, k)
+    low_u = Div ({low}, k)
+"""
+
+
 # The comments give what is true of each value, for any int32 x in the wide forms and |x| <= 2^(W-1) in the others.
 LITERALS = """
     axis = Constant <value_ints = [-1]> ()
@@ -34,28 +48,13 @@ WIDE_CENTRE = """
     off = Sub (x, centre)
     above = Sub (high, centre)
     below = Sub (low, centre)
-    beyond = Sub (minus_one, below)
-    farthest = Max (above, beyond)
-    k_less = Div (farthest, room_)
-    k = Add (k_less, one)
-    u = Div (off, k)
-    high_u = Div (above, k)
-    low_u = Div (below, k)
-"""
+""" + _divided("off", "above", "below")
 SIZE = """
     u = Identity (x)
     high_u = Identity (high)
     low_u = Identity (low)
 """
-WIDE_SIZE = """
-    beyond = Sub (minus_one, low)
-    farthest = Max (high, beyond)
-    k_less = Div (farthest, room_)
-    k = Add (k_less, one)
-    u = Div (x, k)
-    high_u = Div (high, k)
-    low_u = Div (low, k)
-"""
+WIDE_SIZE = _divided("x", "high", "low")
 # |total| <= d 2^(W-1). top - total and total - bottom are at most d (high_u - low_u) <= d 2^W <= A, and their sum is d (high_u
 # - low_u): so largest >= d (high_u - low_u)/2, and |u| <= (high_u - low_u)/2 + 1 gives |u d f|, |total f| <= (largest + d) f <=
 # 2 A < 2^30. d f <= A. start <= 2^29 + R + unit/2 + 2^30. shifted = deviation f + R unit + unit/2 lies in [0, 2^30 + R + unit],
@@ -69,26 +68,30 @@ DEVIATION = """
     above_mean = Sub (top, total)
     below_mean = Sub (total, bottom)
     largest = Max (above_mean, below_mean, d)
-    room_for = Constant <value = int32 {536870911}> ()
-    f_most = Div (room_for, largest)
-    f = Min (f_most, cap_)
+"""
+SCALED_DEVIATION = """
     by = Mul (f, d)
     mean = Mul (total, f)
     start = Sub (offset_, mean)
     scaled = Mul (u, by)
     shifted = Add (scaled, start)
-    steps = Div (shifted, unit_)
-    e = Sub (steps, reach_)
 """
 # |u| <= 2^28, |u f| <= A.
 MAGNITUDE = """
     opposite = Neg (low_u)
     largest = Max (high_u, opposite, one)
+"""
+SCALED_MAGNITUDE = """
+    scaled = Mul (u, f)
+    shifted = Add (scaled, offset_)
+"""
+# The factor that brings a row's largest deviation to A, and its steps of e.
+FACTOR = """
     room_for = Constant <value = int32 {536870911}> ()
     f_most = Div (room_for, largest)
     f = Min (f_most, cap_)
-    scaled = Mul (u, f)
-    shifted = Add (scaled, offset_)
+"""
+STEPS = """
     steps = Div (shifted, unit_)
     e = Sub (steps, reach_)
 """

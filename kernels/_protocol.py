@@ -50,6 +50,11 @@ class Kernel(ABC):
         return 0
 
     @property
+    def least_opset(self) -> int:
+        """The first opset in which the operators of its body have their meaning."""
+        return OPSET
+
+    @property
     def tolerance(self) -> float:
         """TOLERANCE, or what it is for these scales."""
         return self.TOLERANCE

@@ -37,6 +37,28 @@ _MASKED = {
 }
 
 
+# For |x| <= 2^28 and limit <= 2^28: one sum hides what is masked. Kept: seen = x, so if any is, top >= -2^28. Masked: seen is
+# within 2^28 of -2^30, so below >= 2^29 where one is kept, and >= -2^29 + 2^30 - 2^28 = 2^28 where none is: >= limit in both, and
+# at most 2^28 + 2^30 + 2^28 < 2^31.
+_NEAR = f"""{_AXIS}
+    hidden = Constant <value = int32 {{-1073741824}}> ()
+    lowest = Constant <value = int32 {{-536870912}}> ()
+    zero = Sub (limit_, limit_)
+    away = Where (keep, zero, hidden)
+    seen = Add (x, away)
+    highest = ReduceMax <keepdims = 1> (seen, axis)
+    top = Clip (highest, lowest)
+    below = Sub (top, seen)
+    distance = Min (below, limit_)
+"""
+NEAR_BOUND = 2**28
+
+
+def near_text() -> str:
+    """What `distance_text(True)` gives, where |x| and the limit are at most NEAR_BOUND."""
+    return _NEAR
+
+
 def distance_text(masked: bool) -> str:
     """The lines that make `distance` (int32, 0..limit) and `axis` of `x`, `limit_` and, where `masked`, bool `keep`."""
     return f"{_AXIS}\n{_DISTANCE.format(**(_MASKED if masked else _PLAIN))}"

@@ -224,12 +224,7 @@ class _Norm(Kernel):
 
     def reference(self, *inputs: Array) -> Array:
         """The formula in int64. Raises ValueError for rows of another length, and for values beyond `input_bits`."""
-        x = inputs[0].astype(np.int64)
-        if x.shape[-1] != self.d:
-            raise ValueError(f"{self.stem}: rows of {x.shape[-1]} values, made for {self.d}")
-        most = 1 << (self.input_bits - 1)
-        if x.size and max(-int(x.min()), int(x.max())) > most:
-            raise ValueError(f"{self.stem}: the input reaches {int(x.min())} .. {int(x.max())}, made for {self.input_bits} bits")
+        x = self._row(inputs[0])
         made, channels = self.attributes(), self._channels
         e, f, k = self._equalised(x)
         g = made["epsilon"] * f // ((1 << _EPSILON_BITS) * k)
@@ -237,6 +232,16 @@ class _Norm(Kernel):
         s = np.clip((root * made["ratio"] + made["ratio_unit"] // 2) // made["ratio_unit"], 1, 4 * _N)
         y = (e * channels["gamma"] + s // _FRACTIONS * channels["fraction"]) // s + channels["beta"]
         return np.asarray(np.clip(y, made["low"], made["high"])).astype(self.dtype)
+
+    def _row(self, given: Array) -> Array:
+        """The input in int64, checked."""
+        x = given.astype(np.int64)
+        if x.shape[-1] != self.d:
+            raise ValueError(f"{self.stem}: rows of {x.shape[-1]} values, made for {self.d}")
+        most = 1 << (self.input_bits - 1)
+        if x.size and max(-int(x.min()), int(x.max())) > most:
+            raise ValueError(f"{self.stem}: the input reaches {int(x.min())} .. {int(x.max())}, made for {self.input_bits} bits")
+        return x
 
     def _equalised(self, x: Array) -> tuple[Array, Array, Array | int]:
         """e [..., d], f and k [..., 1], in int64."""
@@ -249,7 +254,8 @@ class _Norm(Kernel):
     def lower(self) -> FunctionProto:
         """One function for each name."""
         text = f"""{self.name} <{", ".join(self.attributes())}> (x, {", ".join(self.constants())}) => (y) {{
-            {text_of.LITERALS} {self._head()} {text_of.FINE_SQUARES if self._fine else text_of.SHORT_SQUARES}
+            {text_of.LITERALS} {text_of.ENDS} {self._head()} {text_of.STEPS}
+            {text_of.FINE_SQUARES if self._fine else text_of.SHORT_SQUARES}
             {text_of.WIDE_DIVISOR if self._wide else "divisor = Identity (epsilon_unit)"} {text_of.SIGMA}
             {root_text("v", "root", wide=True)} {text_of.TAIL}
         }}"""
@@ -258,13 +264,15 @@ class _Norm(Kernel):
         return function(text, kinds)
 
     def _head(self) -> str:
-        """The lines that make e and f of x."""
+        """The lines that make f and, before the division, e of x."""
         raise NotImplementedError
 
-    def _affine(self, x: Float64, sigma: Float64) -> Float64:
+    def _normalised(self, x: Float64) -> Float64:
+        """The float64 function of real rows `x`, their mean taken off where that belongs to it."""
         limits = np.iinfo(self.dtype)
-        normalised = np.divide(x, sigma, out=np.zeros_like(x), where=sigma > 0)  # a constant row, epsilon = 0
-        y = normalised * np.asarray(self.gamma) + np.asarray(self.beta or 0.0)
+        sigma = np.sqrt((x * x).mean(-1, keepdims=True) + self.epsilon)
+        unit = np.divide(x, sigma, out=np.zeros_like(x), where=sigma > 0)  # a constant row, epsilon = 0
+        y = unit * np.asarray(self.gamma) + np.asarray(self.beta or 0.0)
         low, high = ((float(end) - self.y_zero_point) * self.y_scale for end in (limits.min, limits.max))
         return np.asarray(np.clip(y, low, high))
 
@@ -303,13 +311,17 @@ class ILayerNorm(_Norm):
         return e, f, k
 
     def _head(self) -> str:
-        return text_of.ENDS + (text_of.WIDE_CENTRE if self._wide else text_of.CENTRE) + text_of.DEVIATION
+        return (
+            (text_of.WIDE_CENTRE if self._wide else text_of.CENTRE)
+            + text_of.DEVIATION
+            + text_of.FACTOR
+            + text_of.SCALED_DEVIATION
+        )
 
     def oracle(self, *inputs: Array) -> Float64:
         """LayerNorm in float64, within the range of the output."""
         x = inputs[0].astype(np.float64)
-        x = (x - x.mean(-1, keepdims=True)) * self.scale
-        return self._affine(x, np.sqrt((x * x).mean(-1, keepdims=True) + self.epsilon))
+        return self._normalised((x - x.mean(-1, keepdims=True)) * self.scale)
 
 
 @dataclass(frozen=True)
@@ -335,9 +347,8 @@ class IRmsNorm(_Norm):
         return e, f, k
 
     def _head(self) -> str:
-        return text_of.ENDS + (text_of.WIDE_SIZE if self._wide else text_of.SIZE) + text_of.MAGNITUDE
+        return (text_of.WIDE_SIZE if self._wide else text_of.SIZE) + text_of.MAGNITUDE + text_of.FACTOR + text_of.SCALED_MAGNITUDE
 
     def oracle(self, *inputs: Array) -> Float64:
         """RMSNorm in float64, within the range of the output."""
-        x = inputs[0].astype(np.float64) * self.scale
-        return self._affine(x, np.sqrt((x * x).mean(-1, keepdims=True) + self.epsilon))
+        return self._normalised(inputs[0].astype(np.float64) * self.scale)

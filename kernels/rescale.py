@@ -9,10 +9,12 @@ In 32 bits, with w = 8, 16 or 31 bits of reach (an output of w bits is saturated
 point is one of its values). **Clip first**: beyond L = ceil(2^(c+w) / b) the output does not change, and |acc * b| <= L * b <
 2^(c+w) + b. Then
 
-- Direct, c + w <= 30: add K * 2^c with an even K, so that p = acc * b + K * 2^c >= 0 and p < 2^32, and round with shifts of p
-  alone: `(p + 2^(c-1) - 1 + ((p >> c) & 1)) >> c`, then subtract K. An even K keeps the parity, so ties go to even.
+- Direct, c + w <= 30: a b beyond 2^(c+w) saturates as 2^(c+w) does (all but acc = 0), so it is cut to that. Adding K * 2^c with
+  the even K = 2^(w+1) makes p = acc * b + K * 2^c + 2^(c-1) - 1 positive and below 2^32. `(p + ((p >> c) & 1)) >> c` rounds it:
+  only at a tie does the added bit reach bit c, and there bit c of p is that of the floor. Then K is subtracted. An even K keeps
+  the parity, so ties go to even. What does not depend on acc is computed from b, c and the ends: once, as it is constant.
 - Wide, all else: the magnitude, as rounding half to even is odd: |acc| * b in two limbs of 32 bits from four products of 16,
-  shifted across both, rounded by the same formula on the bits that fall out, and the sign put back.
+  shifted across both, rounded by the bits that fall out and the parity of the rest, and the sign put back.
 
 c = 0 is run as (2b, 1). The fused form is onnxruntime's QGemm with an empty product: zeros x zeros + acc, in float32, exact for
 8 bits and c <= 16 (docs/dyadic.md has the proof): six times as fast.
@@ -21,13 +23,14 @@ c = 0 is run as (2b, 1). The fused form is onnxruntime's QGemm with an empty pro
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
-from onnx import FunctionProto, TensorProto, helper
+from onnx import FunctionProto, helper
 
 from qcompile.dyadic import Int64, round_shift
-from qcompile.kernels._protocol import Array, Float64, Kernel, function, within
+from qcompile.kernels._protocol import OPSET, Array, Float64, function, within
+from qcompile.kernels._saturate import Rescale
 
 _MOST_NUMERATOR = (1 << 24) - 1
 _MOST_SHIFT = 31
@@ -35,38 +38,62 @@ _MOST_FUSED_SHIFT = 16
 _DIRECT_BITS = 30
 _REACH = {"uint8": 8, "int8": 8, "uint16": 16, "int16": 16, "int32": 31}
 
-# near: |near| <= limit < 2^31. product: |.| < 2^(c+w) + b <= 2^30 + 2^25 < 2^31. raised = product + K 2^c in [0, 2^32) (`_raise`
-# checks it), computed modulo 2^32 in uint32, which is exact. below < 2^(c-1), whole & 1 <= 1: still below 2^32. signed < 2^31.
+# span = 2^w - 1; end = 2^(c+w) <= 2^30, twice that is `raise` without below = 2^(c-1) - 1. b <= 2^(c+w) and b <= 2^25, so
+# |product| < end + b < 2^31 and raised <= 3 * 2^30 + 2^25 + 2^21 < 2^32, computed modulo 2^32 in uint32: exact. Its bit c,
+# moved to the highest place and back, is `odd`; signed < 2^(w+2).
 _DIRECT = """
+    one = Constant <value = uint32 {1}> ()
+    one_i = Constant <value = int32 {1}> ()
+    highest_bit = Constant <value = uint32 {31}> ()
+    span = Sub (high_, low_)
+    reach = Add (span, one_i)
+    k = Add (reach, reach)
+    unit = BitShift <direction = "LEFT"> (one, c)
+    unit_i = Cast <to = 6> (unit)
+    end = Mul (unit_i, reach)
+    end_b = Add (end, b)
+    up = Sub (end_b, one_i)
+    limit = Div (up, b)
     floor = Neg (limit)
-    near_low = Max (acc, floor)
+    end_u = Cast <to = 12> (end)
+    lift = Add (end_u, end_u)
+    half = BitShift <direction = "RIGHT"> (unit, one)
+    below = Sub (half, one)
+    raise = Add (lift, below)
+    to_highest = Sub (highest_bit, c)
+    back = Sub (zero, k)
+    near_low = Max (x, floor)
     near = Min (near_low, limit)
     product = Mul (near, b)
     product_u = Cast <to = 12> (product)
     raised = Add (product_u, raise)
-    whole = BitShift <direction = "RIGHT"> (raised, c)
-    odd = BitwiseAnd (whole, one)
-    raised_more = Add (raised, below)
-    biased = Add (raised_more, odd)
-    shifted = BitShift <direction = "RIGHT"> (biased, c)
+    top = BitShift <direction = "LEFT"> (raised, to_highest)
+    odd = BitShift <direction = "RIGHT"> (top, highest_bit)
+    even = Add (raised, odd)
+    shifted = BitShift <direction = "RIGHT"> (even, c)
     signed = Cast <to = 6> (shifted)
     moved = Add (signed, back)
 """
-# acc_u: two's complement; (v ^ ones) + minus negates v where minus = 1. size <= 2^31, b < 2^25 (2b where c was 0).
+# below = 2^(c-1) - 1; c >= 1 here. x_u: two's complement; (v ^ ones) + minus negates v where minus = 1. size <= 2^31, b < 2^25
+# (2b where c was 0).
 # p00 < 2^32, p01 <= 2^16 2^9, p10 <= 2^15 2^16, p11 <= 2^15 2^9; middle < 2^16 + 2^25 + 2^31 < 2^32; the left shift drops what
 # `top` has. size * b < 2^(c+w) + b, so whole < 2^31 + 2^24 and top << (32-c) loses nothing; rest < 2^c <= 2^31, rest + odd +
 # below < 2^31 + 2^30.
 _WIDE = """
+    one = Constant <value = uint32 {1}> ()
+    less = Sub (c, one)
+    half = BitShift <direction = "LEFT"> (one, less)
+    below = Sub (half, one)
     sixteen = Constant <value = uint32 {16}> ()
     thirty_one = Constant <value = uint32 {31}> ()
     thirty_two = Constant <value = uint32 {32}> ()
     low_half = Constant <value = uint32 {65535}> ()
     none = Constant <value = uint32 {0}> ()
     largest = Constant <value = uint32 {2147483647}> ()
-    acc_u = Cast <to = 12> (acc)
-    minus = BitShift <direction = "RIGHT"> (acc_u, thirty_one)
+    x_u = Cast <to = 12> (x)
+    minus = BitShift <direction = "RIGHT"> (x_u, thirty_one)
     ones = Sub (none, minus)
-    turned = BitwiseXor (acc_u, ones)
+    turned = BitwiseXor (x_u, ones)
     magnitude = Add (turned, minus)
     size = Min (magnitude, limit)
     b1 = BitShift <direction = "RIGHT"> (b, sixteen)
@@ -102,27 +129,16 @@ _WIDE = """
     turned_back = BitwiseXor (saturated, ones)
     signed_u = Add (turned_back, minus)
     signed = Cast <to = 6> (signed_u)
-    moved = Add (signed, back)
-"""
-# one = 2^0, below = 2^(c-1) - 1; c >= 1 here.
-_START = """
-    one = Constant <value = uint32 {1}> ()
-    less = Sub (c, one)
-    half = BitShift <direction = "LEFT"> (one, less)
-    below = Sub (half, one)
-"""
-_END = """
-    clipped = Clip (moved, low_, high_)
-    y = Cast <to : int = @to> (clipped)
+    moved = Add (signed, zero)
 """
 
 
 @dataclass(frozen=True)
-class DyadicRescale(Kernel):
-    """y = saturate(round_half_even(acc * b / 2^c) + zero_point) of int32 `acc`, per tensor (one b and c) or per channel.
+class DyadicRescale(Rescale):
+    """y = saturate(round_half_even(x * b / 2^c) + zero_point) of int32 `x`, per tensor (one b and c) or per channel.
 
-    b, c: one number or one a channel. axis: of the channels, counted from the end (-1 is the last; -3 the channels of an NCHW
-    tensor).
+    b, c: one number or one a channel each. axis: of the channels, counted from the end (-1 is the last; -3 the channels of an
+    NCHW tensor).
     dtype: int8, uint8, int16, uint16 or int32 (there the zero point is 0).
     """
 
@@ -139,12 +155,13 @@ class DyadicRescale(Kernel):
     def __post_init__(self) -> None:
         if self.dtype not in _REACH:
             raise ValueError(f"dyadic rescale: output type {self.dtype!r}: it must be one of {', '.join(_REACH)}")
-        if not self.b or len(self.b) != len(self.c):
+        if not self.b or not self.c or 1 != len(self.b) != len(self.c) != 1:
             raise ValueError(
-                f"dyadic rescale: {len(self.b)} numerators and {len(self.c)} shifts: give one of each for each channel"
+                f"dyadic rescale: {len(self.b)} numerators and {len(self.c)} shifts: one of each for all channels or for each"
             )
-        for b, c in zip(self.b, self.c, strict=True):
+        for b in self.b:
             within("dyadic rescale: b", b, 1, _MOST_NUMERATOR, "a multiplier is b/2^c with 1 <= b < 2^24")
+        for c in self.c:
             within("dyadic rescale: c", c, 0, _MOST_SHIFT, "a multiplier is b/2^c with 0 <= c <= 31")
         zero = (0, 0) if self.dtype == "int32" else (self._limits.min, self._limits.max)
         within(f"dyadic rescale to {self.dtype}: zero point", self.zero_point, *zero, "it must be a value of the output")
@@ -157,18 +174,13 @@ class DyadicRescale(Kernel):
         return "DyadicRescale" if max(self.c) + _REACH[self.dtype] <= _DIRECT_BITS else "DyadicRescaleWide"
 
     @property
-    def output_scale(self) -> float:
-        """1: one step of the output."""
-        return 1.0
+    def least_opset(self) -> int:
+        """13; the wide form needs operators on bits."""
+        return 13 if self.name == "DyadicRescale" else OPSET
 
     @property
-    def output_zero_point(self) -> int:
-        """As given."""
-        return self.zero_point
-
-    @property
-    def _limits(self) -> np.iinfo[Any]:
-        return np.iinfo(self.dtype)
+    def _output(self) -> tuple[int, str]:
+        return self.zero_point, self.dtype
 
     def _vector(self, numbers: tuple[int, ...] | Int64) -> Int64:
         """Numbers a channel in the shape that broadcasts along `axis`; 0-d where there is one."""
@@ -179,7 +191,8 @@ class DyadicRescale(Kernel):
     def _multiplier(self) -> tuple[Int64, Int64]:
         """b and c with c >= 1: 0 becomes (2b, 1)."""
         b, c = self._vector(self.b), self._vector(self.c)
-        return np.where(c == 0, 2 * b, b), np.maximum(c, 1)
+        doubled = np.where(c == 0, 2 * b, b)
+        return np.asarray(doubled), np.maximum(c, 1)
 
     @property
     def _limit(self) -> Int64:
@@ -188,34 +201,14 @@ class DyadicRescale(Kernel):
         reach = np.left_shift(np.int64(1), c + _REACH[self.dtype])  # at most 2^62
         return np.asarray(np.minimum(-(-reach // b), 1 << 31))
 
-    @property
-    def _raise(self) -> Int64:
-        """The even K with K * 2^c >= 2^(c+w) + b; the whole sum stays below 2^32."""
-        b, c = self._multiplier
-        k = (1 << _REACH[self.dtype]) + 2 * (-(-b // np.left_shift(np.int64(1), c + 1)))
-        # the largest sum: L * b + K 2^c + 2^(c-1), each at its largest
-        assert int((self._limit * b + np.left_shift(k, c) + np.left_shift(np.int64(1), c - 1)).max()) < 1 << 32
-        return np.asarray(k)
-
-    def attributes(self) -> dict[str, int]:
-        """low and high of the output, and its type."""
-        low, high = int(self._limits.min), int(self._limits.max)
-        return {"low": low, "high": high, "to": helper.np_dtype_to_tensor_dtype(np.dtype(self.dtype))}
-
     def constants(self) -> dict[str, Array]:
-        """b, c, the limit L, and what is added before (K 2^c) and after (zero point - K)."""
+        """b, c and the zero point; the limit L where it needs more than 32 bits to compute."""
         b, c = self._multiplier
+        zero = np.asarray(self.zero_point, np.int32)
         if self.name == "DyadicRescaleWide":
-            zero = np.asarray(self.zero_point, np.int32)
-            return {"b": b.astype(np.uint32), "c": c.astype(np.uint32), "limit": self._limit.astype(np.uint32), "back": zero}
-        k = self._raise
-        return {
-            "b": b.astype(np.int32),
-            "c": c.astype(np.uint32),
-            "limit": self._limit.astype(np.int32),
-            "raise": np.left_shift(k, c).astype(np.uint32),
-            "back": (self.zero_point - k).astype(np.int32),
-        }
+            return {"b": b.astype(np.uint32), "c": c.astype(np.uint32), "limit": self._limit.astype(np.uint32), "zero": zero}
+        capped = np.minimum(b, np.left_shift(np.int64(1), c + _REACH[self.dtype]))
+        return {"b": capped.astype(np.int32), "c": c.astype(np.uint32), "zero": zero}
 
     def reference(self, *inputs: Array) -> Array:
         """The formula in int64: |acc * b| < 2^55."""
@@ -226,8 +219,7 @@ class DyadicRescale(Kernel):
     def lower(self) -> FunctionProto:
         """The direct or the wide form."""
         body = _DIRECT if self.name == "DyadicRescale" else _WIDE
-        head = f"{self.name} <{', '.join(self.attributes())}> (acc, {', '.join(self.constants())}) => (y)"
-        return function(f"{head} {{ {_START} {body} {_END} }}", {"low": TensorProto.INT32, "high": TensorProto.INT32})
+        return self._function(body, "round_half_even(x * b / 2^c) + zero, within the type; in int32 and uint32 alone")
 
     def oracle(self, *inputs: Array) -> Float64:
         """acc * b / 2^c, within the range of the output. The product has at most 55 bits, so float64 adds 2^-53 relative."""

@@ -18,7 +18,7 @@ import numpy as np
 from onnx import FunctionProto, TensorProto
 
 from qcompile.kernels._protocol import Array, Float64, Kernel, function, within
-from qcompile.kernels._rows import distance, distance_text, exponentials
+from qcompile.kernels._rows import NEAR_BOUND, distance, distance_text, exponentials, near_text
 from qcompile.kernels.table import lookup_text
 
 _FINEST, _COARSEST = 2.0**-26, 1.0
@@ -28,18 +28,23 @@ _TOP = 255
 
 @dataclass(frozen=True)
 class TableExp(Kernel):
-    """u8 of int32 scores [..., keys]; with `masked`, of them and bool `keep`, which broadcasts to them."""
+    """u8 of int32 scores [..., keys]; with `masked`, of them and bool `keep`, which broadcasts to them.
+
+    bound: what is known of the scores, |x| <= bound; 2^31 holds for any.
+    """
 
     scale: float
     masked: bool = False
+    bound: int = 2**31
     entries: Array = field(init=False, repr=False, compare=False)
 
     source: ClassVar[str] = "exact by definition"
-    domain: ClassVar[str] = "int32 scores, any; scale 2^-26..1"
+    domain: ClassVar[str] = "int32 scores, any (masked: the promised bound); scale 2^-26..1"
     TOLERANCE: ClassVar[float] = 0.5 / _TOP + 2.0**-15  # half a step, and half of 2^k distances of 2^-14 or less together
 
     def __post_init__(self) -> None:
         within("table of exp: scale of the scores", self.scale, _FINEST, _COARSEST, "rescale the scores first")
+        within("table of exp: bound of the scores", self.bound, 0, 2**31, "int32 holds no more")
         inner = self.scale * self.step
         last = ceil(log(2 * _TOP) / inner)
         distances = np.arange(last + 1, dtype=np.float64) + (0.5 if self.step > 1 else 0)
@@ -49,8 +54,12 @@ class TableExp(Kernel):
 
     @property
     def name(self) -> str:
-        """TableExp or TableMaskedExp, and Fine where distances are divided first."""
-        return f"Table{'Masked' if self.masked else ''}Exp{'Fine' if self.step > 1 else ''}"
+        """TableExp or TableMaskedExp; Near where scores are within 2^28; Fine where distances are divided first."""
+        return f"Table{'Masked' if self.masked else ''}Exp{'Near' if self._near else ''}{'Fine' if self.step > 1 else ''}"
+
+    @property
+    def _near(self) -> bool:
+        return self.masked and max(self.bound, self.limit) <= NEAR_BOUND
 
     @property
     def output_scale(self) -> float:
@@ -76,14 +85,17 @@ class TableExp(Kernel):
         return {"table": self.entries}
 
     def reference(self, *inputs: Array) -> Array:
-        """u8 [..., keys] of int32 scores [..., keys] and, where masked, bool keep."""
+        """u8 [..., keys] of int32 scores [..., keys] and, where masked, bool keep. Raises ValueError beyond `bound`."""
+        largest = int(np.abs(inputs[0].astype(np.int64)).max(initial=0))
+        if largest > self.bound:
+            raise ValueError(f"table of exp: a score of {largest}, made for {self.bound}")
         return np.asarray(self.entries[distance(inputs[0], inputs[1] if self.masked else None, self.limit) // self.step])
 
     def lower(self) -> FunctionProto:
         """One function for each name."""
         index = "index = Div (distance, step_)" if self.step > 1 else "index = Identity (distance)"
         text = f"""{self.name} <{", ".join(self.attributes())}> (x, {"keep, " if self.masked else ""}table) => (y) {{
-            {distance_text(self.masked)}
+            {near_text() if self._near else distance_text(self.masked)}
             {index}
             {lookup_text("table", "index", "y")}
         }}"""

@@ -13,13 +13,16 @@ from qcompile.passes.expect_ranges import ExpectRanges
 from qcompile.passes.fold_bn import FoldBatchNorm
 from qcompile.passes.fold_constants import FoldConstants
 from qcompile.passes.fold_width import FoldWidth
+from qcompile.passes.fuse_activation import FuseActivation
 from qcompile.passes.fuse_gelu import FuseGelu
+from qcompile.passes.fuse_layer_norm import FuseLayerNorm
 from qcompile.passes.fuse_linear import FuseLinear
 from qcompile.passes.integer_bias import IntegerBias
 from qcompile.passes.integer_head import IntegerHead
 from qcompile.passes.linear_form import LinearForm
 from qcompile.passes.lower_integer import LowerInteger
 from qcompile.passes.lower_qoperator import LowerQOperator
+from qcompile.passes.lower_wide import LowerWide
 from qcompile.passes.pack_int4 import PackInt4
 from qcompile.passes.pad_channels import PadChannels
 from qcompile.passes.patch_to_gemm import PatchToGemm
@@ -41,6 +44,7 @@ from qcompile.passes.sum_residuals import SumResiduals
 from qcompile.passes.sum_to_add import SumToAdd
 from qcompile.passes.transpose_first import TransposeFirst
 from qcompile.passes.weight_only import WeightOnlyInt4
+from qcompile.passes.wide_units import WideUnits
 from qcompile.rewrite import Pass
 
 PASSES: tuple[Pass, ...] = (
@@ -48,7 +52,9 @@ PASSES: tuple[Pass, ...] = (
     SumToAdd(),
     SimplifyShapes(),
     Eliminate(),
+    FuseLayerNorm(),
     FuseGelu(),
+    FuseActivation(),
     FuseLinear(),
     RecordBatchNorm(),
     FoldBatchNorm(),
@@ -74,12 +80,14 @@ PASSES: tuple[Pass, ...] = (
     QuantiseEmbeddings(),
     SearchRanges(),
     DyadicScales(),
+    WideUnits(),
     RoundWeights(),
     IntegerBias(),
     RefineLayers(),
     CorrectMeans(),
     Diagnose(),
     SumResiduals(),
+    LowerWide(),
     LowerQOperator(),
     IntegerHead(),
     LowerInteger(),
@@ -87,7 +95,8 @@ PASSES: tuple[Pass, ...] = (
     PackInt4(),
 )
 
-_CANONICAL = (FoldConstants, SumToAdd, SimplifyShapes, Eliminate, FuseGelu, FuseLinear, FoldBatchNorm, PruneChannels)
+_NAMED = (FuseLayerNorm, FuseGelu, FuseActivation)
+_CANONICAL = (FoldConstants, SumToAdd, SimplifyShapes, Eliminate, *_NAMED, FuseLinear, FoldBatchNorm, PruneChannels)
 _DYNAMIC: tuple[Pass, ...] = (
     *(p for p in PASSES if isinstance(p, _CANONICAL)),
     Sparsify(),

@@ -11,11 +11,11 @@ import numpy as np
 from qcompile import compensation
 from qcompile.compensation import PairMoments, compensate, pair_moments
 from qcompile.context import Context
-from qcompile.errors import PassError
-from qcompile.graph import Const, Node, Value
+from qcompile.graph import Node, Value
 from qcompile.lattice import Grid, round_on_lattice
 from qcompile.moments import input_covariance, rows_of, rows_wanted
 from qcompile.obs import restrict
+from qcompile.passes._stored import stored_integers, stored_scale
 from qcompile.passes.integer_bias import check_accumulator
 from qcompile.passes.round_weights import weight_matrix, weight_tensor
 from qcompile.plan import LinearSite
@@ -43,7 +43,7 @@ class Layer:
         assert weight is not None and reader is not None and site.weight_scale is not None and isinstance(source, Value)
         self.weight = weight.array()
         self.scale = site.weight_scale
-        self.stored = _integers(site.node, 1)
+        self.stored = stored_integers(site.node, 1)
         integers = reader.inputs[0]
         assert isinstance(integers, Value)
         self.integers = integer_world.values(integers)
@@ -69,10 +69,11 @@ class Layer:
         steps = self.scale.reshape(weight.shape[:2])
         pair_rule = settings.target == "any" and not self.site.depthwise
         folds = self._folds()
-        target, covariance, strength = self._target(weight, folds)
+        whole = None if folds is None else reduce(add, folds)
+        target, covariance, strength = self._target(weight, folds, whole)
         grid = Grid(
             np.float32(self.site.source.scale),
-            None if self.site.result is None else np.float32(self.site.result.scale),
+            self.site.grid_scale,
             pair_rule,
             self.top,
             damping,
@@ -87,21 +88,24 @@ class Layer:
         if not changed:
             return False
         self.site.method = "second order, descent" + (", compensated" if np.isfinite(strength) else "")
-        if folds is not None and self.context.diagnose:
+        if whole is not None and self.context.diagnose:
             plain = nearest(weight, steps, pair_rule, self.top) * steps[:, :, None].astype(np.float64)
-            self.site.gain_db = _gain(reduce(add, folds), weight, plain, integers * scale[:, :, None].astype(np.float64))
+            self.site.gain_db = _gain(whole, weight, plain, integers * scale[:, :, None].astype(np.float64))
         self.stored.assign(weight_tensor(integers.reshape(matrix.shape), self.weight.shape, op, axis))
         self._set_scale(scale.reshape(-1))
         return True
 
-    def _target(self, weight: Array, folds: list[PairMoments] | None) -> tuple[Array, Array, float]:
-        """The weights to round, the covariance of what reaches the layer, and how strongly they were regressed (inf: not)."""
+    def _target(self, weight: Array, folds: list[PairMoments] | None, whole: PairMoments | None) -> tuple[Array, Array, float]:
+        """The weights to round, the covariance of what reaches the layer, and how strongly they were regressed (inf: not).
+
+        whole: the sum of `folds`.
+        """
         settings = self.context.settings
-        if folds is None:
+        if folds is None or whole is None:
             count = len(self.integers)
             covariance = input_covariance(self.original, self.weight.shape, self.inputs(), count, settings.seed)
             return np.asarray(weight, np.float64), covariance, np.inf
-        covariance = reduce(add, folds).covariances()[1]
+        covariance = whole.covariances()[1]
         target, strength = compensate(weight, folds)
         if settings.effort == "best" and self.top < WEIGHT_MAX:
             self.rows = self._rows(weight)
@@ -154,15 +158,15 @@ class Layer:
         before = np.float32(self.site.source.scale) * self.scale
         self.scale = scale.astype(np.float32)
         self.site.weight_scale = self.scale
-        _scale_of(self.site.node, 1).assign(self.scale)
+        stored_scale(self.site.node, 1).assign(self.scale)
         if self.site.node.constant(2) is not None:  # a target with float biases
             return
         step = np.float32(self.site.source.scale) * self.scale
-        bias = _integers(self.site.node, 2)
+        bias = stored_integers(self.site.node, 2)
         moved = np.rint(bias.array().astype(np.float64) * before.astype(np.float64) / step.astype(np.float64))
         check_accumulator(self.site, moved, self.span)
         bias.assign(moved.astype(np.int32))
-        _scale_of(self.site.node, 2).assign(step)
+        stored_scale(self.site.node, 2).assign(step)
 
     def correct_bias(self) -> bool:
         """Move the int32 bias by the difference of the mean outputs, in steps of Sx*Sw."""
@@ -180,7 +184,7 @@ class Layer:
             plain.assign((plain.array() + wanted - reached).astype(np.float32))
             return True
         shift = np.rint((wanted - reached) / step).astype(np.int64)
-        return self._set_bias(_integers(site.node, 2).array().astype(np.int64) + shift)
+        return self._set_bias(stored_integers(site.node, 2).array().astype(np.int64) + shift)
 
     def _fit_bias(self, rows: Rows, start: Array) -> bool:
         """The bias that the rounded weights want behind the activation."""
@@ -194,7 +198,7 @@ class Layer:
         return self._set_bias(np.rint(bias / (float(self.site.source.scale) * self.scale.astype(np.float64))).astype(np.int64))
 
     def _set_bias(self, wanted: Array) -> bool:
-        bias = _integers(self.site.node, 2)
+        bias = stored_integers(self.site.node, 2)
         check_accumulator(self.site, wanted, self.span)
         moved = not np.array_equal(bias.array(), wanted)
         bias.assign(wanted.astype(np.int32))
@@ -205,20 +209,3 @@ def _gain(moments: PairMoments, weight: Array, before: Array, after: Array) -> f
     """What `after` gains over `before` at the layer's own output, in dB; None where no error is left."""
     old, new = (moments.error(weight, stored) for stored in (before, after))
     return float(10 * np.log10(old / new)) if old > 0 and new > 0 else None
-
-
-def _integers(node: Node, index: int) -> Const:
-    return _behind(node, index, 0)
-
-
-def _scale_of(node: Node, index: int) -> Const:
-    return _behind(node, index, 1)
-
-
-def _behind(node: Node, index: int, place: int) -> Const:
-    """A constant input of the DequantizeLinear at input `index`."""
-    producer = node.inputs[index].producer
-    constant = producer.constant(place) if producer is not None else None
-    if constant is None:
-        raise PassError(f"node '{node.label}': input {index} is not a dequantised constant")
-    return constant

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 
@@ -61,14 +61,14 @@ def split_operands(node: Node) -> tuple[Tensor, Const] | None:
     return None
 
 
-def visit(graph: Graph, ops: Sequence[str], rewrite: Callable[[Graph, Node], str | None]) -> Report:
-    """Offer every node of the operators `ops` to `rewrite`, then clean up.
+def visit(graph: Graph, ops: Collection[str], rewrite: Callable[[Graph, Node], str | None]) -> Report:
+    """Offer every node of the operators `ops` that is still there to `rewrite`, then clean up.
 
     `rewrite` returns None where it rewrote, an empty text where the node is no candidate, else the reason for leaving it.
     """
     report = Report()
     for node in list(graph.nodes):
-        if not is_op(node, *ops):
+        if not is_op(node, *ops) or not node.outputs:  # a removed node has lost its ends
             continue
         reason = rewrite(graph, node)
         if reason is None:

@@ -3,10 +3,10 @@
     V = W_k + (W C + D - W_k S) (S + l I)^-1,    b' = b + E[W x + s - s' - V x']
     C = Cov(x, x'), S = Cov(x', x'), D = Cov(s - s', x')
 
-x is the layer's input in the dense model, x' what is left of it in the pruned one with all layers before it refitted, W_k the columns
-that are left. Where the output is added to a residual stream, s and s' are that stream in both models, so that the layer also takes
-back what went wrong before (else D = 0). l is chosen on samples that were left out, as in `qcompile.compensation`; the bias takes
-what the lost channels contributed on average.
+x is the layer's input in the dense model, x' what is left of it in the pruned one with all layers before it refitted, W_k the
+columns that are left. Where the output is added to a residual stream, s and s' are that stream in both models, so that the layer
+also takes back what went wrong before (else D = 0). l is chosen on samples that were left out, as in `qcompile.compensation`; the
+bias takes what the lost channels contributed on average.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from onnx import TensorProto, helper
 from qcompile.block_packing import int4_tensor
 from qcompile.context import Context
 from qcompile.graph import Array, Const, Graph, Node, Value
-from qcompile.passes._rescale import DOMAIN
+from qcompile.kernels._protocol import DOMAIN
 from qcompile.rewrite import Exact, Promise, Report
 from qcompile.sparse_storage import compress
 from qcompile.sparsity import Pattern, parse_sparsity

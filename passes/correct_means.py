@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from qcompile.context import Context
-from qcompile.errors import PassError
 from qcompile.expected import Expected, expected_values
-from qcompile.graph import Array, Const, Graph, Node, Value
+from qcompile.graph import Array, Graph, Node, Value
+from qcompile.passes._stored import stored_integers
 from qcompile.passes.integer_bias import check_accumulator
 from qcompile.plan import LinearSite
 from qcompile.rewrite import Lossy, Promise, Report
@@ -69,19 +69,11 @@ def _correct(site: LinearSite, original: Node, means: list[tuple[Array, int]], s
     values = weight.array()
     shape = [1] * values.ndim
     shape[site.axis] = -1
-    rounded = _stored(site.node, 1).array().astype(np.float32) * site.weight_scale.reshape(shape)
+    rounded = stored_integers(site.node, 1).array().astype(np.float32) * site.weight_scale.reshape(shape)
     step = site.source.scale.astype(np.float64) * site.weight_scale.astype(np.float64)
     shift = np.rint(linear_mean(original, values - rounded, means) / step).astype(np.int64)
-    bias = _stored(site.node, 2)
+    bias = stored_integers(site.node, 2)
     corrected = bias.array().astype(np.int64) + shift
     check_accumulator(site, corrected, span)
     bias.assign(corrected.astype(np.int32))
     return bool(shift.any())
-
-
-def _stored(node: Node, index: int) -> Const:
-    producer = node.inputs[index].producer
-    constant = producer.constant(0) if producer is not None else None
-    if constant is None:
-        raise PassError(f"node '{node.label}': input {index} is not a dequantised constant")
-    return constant

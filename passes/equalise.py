@@ -26,14 +26,13 @@ import numpy as np
 
 from qcompile.context import Context
 from qcompile.graph import Array, Graph, Node
+from qcompile.passes._balance import balance
 from qcompile.passes._linear import Linear, bias_of, input_shift, linear_at, scaled, scaled_inputs, weight_of, write
 from qcompile.passes._stream_trial import Change, Extremes, StreamTrial, moved_extremes, scaled_constant
 from qcompile.passes._streams import ChannelStream, channel_streams
 from qcompile.placement import place
 from qcompile.rewrite import Close, Promise, Report
 from qcompile.walk import Stream
-
-_LIMIT = 1e3  # scales stay in [1 / _LIMIT, _LIMIT], whatever the channels' extremes
 
 
 @dataclass(frozen=True)
@@ -53,9 +52,7 @@ class Equalise:
     def run(self, graph: Graph, context: Context) -> Report:
         """Rewrites: one a stream. `context.observers` follow; a stream is judged once."""
         report = Report()
-        if context.synthetic or context.settings.effort == "fast" or not context.samples:
-            return report
-        if any(n.op == "QuantizeLinear" for n in graph.nodes):
+        if not context.measures or any(n.op == "QuantizeLinear" for n in graph.nodes):
             return report
         graph.infer_shapes()
         linears = set(place(graph, context.settings).linears)
@@ -118,12 +115,7 @@ def stream_scale(trial: StreamTrial, extremes: Extremes, shift: Array, strength:
     for node, numbers in stream.sinks.items():
         size = input_extremes(node, numbers.size)
         np.maximum.at(weight, numbers, size / max(float(size.max()), 1e-30))
-    live = (spread > 0) & (weight > 0)
-    scale = np.ones(stream.size)
-    if live.any():
-        logs = strength * np.log(spread[live]) - (1 - strength) * np.log(weight[live])
-        scale[live] = np.exp(np.clip(logs - logs.mean(), -np.log(_LIMIT), np.log(_LIMIT)))
-    return scale
+    return balance(spread, weight, strength)
 
 
 def input_extremes(node: Node, width: int) -> Array:

@@ -21,7 +21,7 @@ from qcompile.context import Context
 from qcompile.graph import Graph, Node, Tensor, Value
 from qcompile.passes._dims import ONE, Dim, Dims
 from qcompile.passes._linear import Linear, bias_of, linear_at, weight_of, write
-from qcompile.passes._match import ints_of, is_op, set_type, single_consumer, split_operands
+from qcompile.passes._match import ints_of, is_op, set_type, single_consumer, split_operands, visit
 from qcompile.passes._shape_values import Shapes
 from qcompile.passes._shape_vector import Targets
 from qcompile.rewrite import Close, Promise, Report
@@ -38,18 +38,9 @@ class LinearForm:
 
     def run(self, graph: Graph, context: Context) -> Report:
         """One visit of each node; shapes are those at the start, which every rewrite keeps."""
-        report = Report()
         shapes = Shapes(graph)
         forms = _Forms(graph, shapes, Targets(graph, shapes))
-        for node in list(graph.nodes):
-            rule = _RULES.get(node.op) if node.domain in ("", "ai.onnx") else None
-            reason = rule(forms, node) if rule is not None else ""
-            if reason is None:
-                report.rewrites += 1
-            elif reason:
-                report.refuse(node.label, reason)
-        graph.cleanup()
-        return report
+        return visit(graph, _RULES, lambda _, node: _RULES[node.op](forms, node))
 
 
 @dataclass

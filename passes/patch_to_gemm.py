@@ -15,7 +15,7 @@ import numpy as np
 
 from qcompile.context import Context
 from qcompile.graph import Graph, Node, Value
-from qcompile.passes._match import is_op, single_consumer
+from qcompile.passes._match import is_op, single_consumer, visit
 from qcompile.rewrite import Close, Promise, Report
 
 
@@ -28,28 +28,26 @@ class PatchToGemm:
 
     def run(self, graph: Graph, context: Context) -> Report:
         """Rewrites: one a convolution."""
-        report = Report()
         graph.infer_shapes()
-        for node in list(graph.nodes):
-            tokens = _tokens(graph, node)
-            if tokens is None:
-                continue
-            reason = _refusal(node)
-            if reason is None:
-                _rewrite(graph, node, tokens)
-                report.rewrites += 1
-            else:
-                report.refuse(node.label, reason)
+        report = visit(graph, ("Conv",), _offer)
         if report.rewrites:
-            graph.cleanup()
             graph.sort()
         return report
 
 
+def _offer(graph: Graph, node: Node) -> str | None:
+    """None where Conv `node` was rewritten, an empty text where no tokens are made of it, else the reason for leaving it."""
+    tokens = _tokens(graph, node)
+    if tokens is None:
+        return ""
+    reason = _refusal(node)
+    if reason is None:
+        _rewrite(graph, node, tokens)
+    return reason
+
+
 def _tokens(graph: Graph, node: Node) -> Node | None:
     """The Transpose that turns the output of Conv `node`, its spatial axes flattened by one Reshape, into tokens."""
-    if not is_op(node, "Conv"):
-        return None
     flatten = single_consumer(graph, node.outputs[0])
     if not is_op(flatten, "Reshape") or flatten is None:
         return None

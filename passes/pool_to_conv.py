@@ -15,7 +15,7 @@ import numpy as np
 
 from qcompile.context import Context
 from qcompile.graph import Graph, Node, Tensor
-from qcompile.passes._match import is_op
+from qcompile.passes._match import is_op, visit
 from qcompile.rewrite import Close, Promise, Report
 
 _CARRIERS = ("Relu", "Clip", "MaxPool", "Concat", "Add", "Pad", "AveragePool", "Identity")
@@ -30,18 +30,17 @@ class PoolToConv:
 
     def run(self, graph: Graph, context: Context) -> Report:
         """Rewrites: one a pool."""
-        report = Report()
-        graph.infer_shapes()
-        for node in list(graph.nodes):
-            if not is_op(node, "AveragePool") or context.settings.excluded(node.name):
-                continue
+
+        def offer(graph: Graph, node: Node) -> str | None:
+            if context.settings.excluded(node.name):
+                return ""
             reason = _refusal(node)
             if reason is None:
                 _rewrite(graph, node)
-                report.rewrites += 1
-            else:
-                report.refuse(node.label, reason)
-        return report
+            return reason
+
+        graph.infer_shapes()
+        return visit(graph, ("AveragePool",), offer)
 
 
 def _refusal(node: Node) -> str | None:

@@ -20,6 +20,9 @@ from onnx import TensorProto, helper
 from qcompile.context import Context
 from qcompile.errors import ModelError
 from qcompile.graph import Graph, Node, Tensor, Value
+from qcompile.kernel_operands import TABULATED, kernel_operands
+from qcompile.passes._flat_ends import bent_range
+from qcompile.passes._match import is_op
 from qcompile.placement import Placement, clip_bounds, data_inputs, place, pool_area, shares_scale
 from qcompile.plan import AddSite, ClampSite, LinearSite, Plan, PoolSite, ScaleClass
 from qcompile.qparams import activation_params
@@ -76,6 +79,7 @@ class _Inserter:
         self._fold()
         self._group()
         graph, placement = self.graph, self.placement
+        operands = list(kernel_operands(graph, self.context.settings))
         for value in list(graph.inputs):
             if value in placement.quantised:
                 self._quantise_float(value)
@@ -90,6 +94,8 @@ class _Inserter:
             for output in node.outputs:
                 if output in placement.quantised:
                     self._quantise_float(output)
+        for node, index in operands:
+            node.inputs[index] = self._read(node.inputs[index])
         self._shield()
         graph.cleanup()
         graph.sort()
@@ -147,6 +153,9 @@ class _Inserter:
         if sources and all(t in self.bounds for t in sources):
             place_.floor = min(self.bounds[t][0] for t in sources)
             place_.ceiling = max(self.bounds[t][1] for t in sources)
+        functions = [r for t in members for r in t.consumers]
+        if functions and all(is_op(r, *TABULATED) for r in functions):
+            place_.low, place_.high = bent_range(functions, place_.low, place_.high)
         place_.scale, place_.zero_point = activation_params(place_.low, place_.high, kind)
         first = min(members, key=lambda t: t.name != place_.tensors[0])
         place_.scale_const = self.graph.constant(first.name + "_scale", np.asarray(place_.scale, np.float32))

@@ -92,7 +92,7 @@ def _round(graph: Graph, context: Context, site: LinearSite, importance: Array |
         result = quantise_weight(
             weight_matrix(values, node.op, site.axis),
             site.source.scale,
-            None if site.result is None else site.result.scale,
+            site.grid_scale,
             pair_rule=settings.target == "any" and not site.depthwise,
             candidates=8 if settings.effort == "fast" else 24,
             importance=importance,

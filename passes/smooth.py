@@ -25,6 +25,7 @@ import numpy as np
 from qcompile.context import Context
 from qcompile.errors import PassError
 from qcompile.graph import Array, Graph, Node, Tensor, Value
+from qcompile.passes._balance import balance
 from qcompile.passes._channels import Reach, Tracer, behind_moves, is_layer_norm, same_columns, source_of
 from qcompile.passes._linear import bias_of, linear_at, scaled, weight_of, write
 from qcompile.passes._match import set_type
@@ -34,8 +35,6 @@ from qcompile.qparams import ActivationType, activation_params
 from qcompile.ranges import Observer
 from qcompile.rewrite import Close, Promise, Report
 from qcompile.walk import Stream
-
-_LIMIT = 1e3  # scales stay in [1 / _LIMIT, _LIMIT], whatever the channels' extremes
 
 
 @dataclass(frozen=True)
@@ -55,9 +54,7 @@ class Smooth:
     def run(self, graph: Graph, context: Context) -> Report:
         """Rewrites: one a group of Gemms with a common input. `context.observers` follow; a group is judged once."""
         report = Report()
-        if context.synthetic or context.settings.effort == "fast" or not context.samples:
-            return report
-        if any(n.op == "QuantizeLinear" for n in graph.nodes):
+        if not context.measures or any(n.op == "QuantizeLinear" for n in graph.nodes):
             return report
         graph.infer_shapes()
         placement = place(graph, context.settings)
@@ -115,12 +112,7 @@ def migration_scale(observer: Observer, weights: list[Array], strength: float) -
     assert observer.lows is not None and observer.highs is not None
     spread = np.maximum(np.abs(observer.lows), np.abs(observer.highs)).astype(np.float64)
     weight = np.max([np.abs(w).max(axis=1) for w in weights], axis=0).astype(np.float64)
-    scale = np.ones(spread.shape)
-    live = (spread > 0) & (weight > 0)
-    if live.any():
-        logs = strength * np.log(spread[live]) - (1 - strength) * np.log(weight[live])
-        scale[live] = np.exp(np.clip(logs - logs.mean(), -np.log(_LIMIT), np.log(_LIMIT)))
-    return scale.astype(np.float32)
+    return balance(spread, weight, strength).astype(np.float32)
 
 
 def _error(

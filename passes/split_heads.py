@@ -23,7 +23,7 @@ import numpy as np
 from qcompile.context import Context
 from qcompile.graph import Graph, Node, Value
 from qcompile.passes._dims import Dim
-from qcompile.passes._match import ints_of, is_op, producer_of, set_type, single_consumer
+from qcompile.passes._match import ints_of, is_op, producer_of, set_type, single_consumer, visit
 from qcompile.passes._shape_values import Shapes
 from qcompile.passes._shape_vector import Targets
 from qcompile.rewrite import Exact, Promise, Report
@@ -38,20 +38,14 @@ class SplitHeads:
 
     def run(self, graph: Graph, context: Context) -> Report:
         """Rewrites: one a tensor that was taken apart."""
-        report = Report()
         shapes = Shapes(graph)
         targets = Targets(graph, shapes)
-        for node in list(graph.nodes):
+
+        def split(graph: Graph, node: Node) -> str | None:
             parts = _parts(graph, shapes, node)
-            if parts is None:
-                continue
-            reason = _rewrite(graph, shapes, targets, node, parts)
-            if reason is None:
-                report.rewrites += 1
-            else:
-                report.refuse(node.label, reason)
-        graph.cleanup()
-        return report
+            return "" if parts is None else _rewrite(graph, shapes, targets, node, parts)
+
+        return visit(graph, ("Reshape", "Transpose"), split)
 
 
 @dataclass(frozen=True)
@@ -65,7 +59,7 @@ class _Parts:
 
 def _parts(graph: Graph, shapes: Shapes, node: Node) -> _Parts | None:
     """Where every reader of Reshape or Transpose `node` takes one entry of the same axis; None otherwise."""
-    if not is_op(node, "Reshape", "Transpose") or graph.is_pinned(node.outputs[0]):
+    if graph.is_pinned(node.outputs[0]):
         return None
     tensor = node.outputs[0]
     dims = shapes.dims(tensor)

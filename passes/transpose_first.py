@@ -20,7 +20,7 @@ import numpy as np
 from qcompile.context import Context
 from qcompile.graph import Graph, Node, Value
 from qcompile.passes._dims import Dims
-from qcompile.passes._match import is_op, set_type, single_consumer
+from qcompile.passes._match import is_op, set_type, single_consumer, visit
 from qcompile.passes._shape_values import Shapes
 from qcompile.passes._shape_vector import Targets
 from qcompile.rewrite import Exact, Promise, Report
@@ -35,27 +35,20 @@ class TransposeFirst:
 
     def run(self, graph: Graph, context: Context) -> Report:
         """Rewrites: one a pair that was swapped."""
-        report = Report()
         shapes = Shapes(graph)
         targets = Targets(graph, shapes)
-        for node in list(graph.nodes):
-            if not is_op(node, "Reshape", "Flatten", "Transpose") or not node.inputs:
-                continue  # gone with its pair
+
+        def swap(graph: Graph, node: Node) -> str | None:
             second = single_consumer(graph, node.outputs[0])
             if second is None or second.inputs[0] is not node.outputs[0]:
-                continue
+                return ""
             if is_op(second, "Transpose") and node.op != "Transpose":
-                reason = _to_rows(graph, shapes, targets, node, second)
-            elif is_op(second, "Reshape") and node.op == "Transpose":
-                reason = _to_map(graph, shapes, targets, node, second)
-            else:
-                continue
-            if reason is None:
-                report.rewrites += 1
-            elif reason:
-                report.refuse(node.label, reason)
-        graph.cleanup()
-        return report
+                return _to_rows(graph, shapes, targets, node, second)
+            if is_op(second, "Reshape") and node.op == "Transpose":
+                return _to_map(graph, shapes, targets, node, second)
+            return ""
+
+        return visit(graph, ("Reshape", "Flatten", "Transpose"), swap)
 
 
 def _to_rows(graph: Graph, shapes: Shapes, targets: Targets, reshape: Node, transpose: Node) -> str | None:

@@ -14,7 +14,7 @@ from statistics import NormalDist
 import numpy as np
 
 from qcompile.errors import DataError, InputError
-from qcompile.verdict import Outcome
+from qcompile.verdict import Outcome, too_few, two_figures
 
 _BISECTIONS = 50
 _MOST_SAMPLES = 1_000_000  # beyond this "more samples" is no advice
@@ -63,12 +63,7 @@ def judge_agreement(
     if high < least:
         return AgreementVerdict("fail", share, low, high, confidence, samples, None, f"{about}, below limit {least:g}")
     needed = _samples_needed(agreed, samples, least, confidence)
-    advice = (
-        f"about {needed} samples would decide it"
-        if needed is not None
-        else "no reachable number of samples would decide it: choose another limit"
-    )
-    reason = f"{about}, limit {least:g}: {samples} samples are too few; {advice}"
+    reason = f"{about}, limit {least:g}: {too_few(samples, needed)}"
     return AgreementVerdict("inconclusive", share, low, high, confidence, samples, needed, reason)
 
 
@@ -109,6 +104,4 @@ def _samples_needed(agreed: int, samples: int, least: float, confidence: float) 
     z = NormalDist().inv_cdf(0.5 + confidence / 2)
     if distance * distance * _MOST_SAMPLES <= z * z * least * (1 - least):
         return None
-    needed = max(samples + 1, math.ceil(z * z * least * (1 - least) / (distance * distance)))
-    unit = 10 ** max(0, len(str(needed)) - 2)
-    return int(-(-needed // unit) * unit)
+    return two_figures(max(samples + 1, math.ceil(z * z * least * (1 - least) / (distance * distance))))

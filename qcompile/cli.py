@@ -92,6 +92,12 @@ def cli() -> None:
     default="float",
     help="With --format integer: its inputs and outputs.  [float]",
 )
+@click.option(
+    "--kernels",
+    type=click.Choice(["table", "ibert"]),
+    default="table",
+    help="With --format qoperator or integer: GELU and exponentials by table, or by I-BERT's polynomials.  [table]",
+)
 @click.option("--inline", is_flag=True, help="With --format integer: write functions out.")
 @click.option(
     "--target",

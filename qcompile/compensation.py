@@ -15,13 +15,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from qcompile.graph import Node
 from qcompile.moments import rows_of, rows_wanted
-from qcompile.runtime import Array
-
-FloatArray = npt.NDArray[np.float64]
+from qcompile.qparams import Array, FloatArray
+from qcompile.quadratic import damped, is_live
 
 STRENGTHS = (0.01, 0.1, 0.5, 2.0, 10.0, 100.0)
 _FOLDS = 2
@@ -140,7 +138,7 @@ def compensate(weight: Array, folds: list[PairMoments]) -> tuple[FloatArray, flo
     """
     matrix = np.asarray(weight, np.float64)
     moments = [f.covariances() for f in folds]
-    if len(folds) < 2 or not any((np.einsum("gkk->gk", noisy) > 0).any() for _, noisy in moments):
+    if len(folds) < 2 or not any(is_live(noisy) for _, noisy in moments):
         return matrix, np.inf
     errors = np.zeros(len(STRENGTHS))
     for train, (cross, noisy) in zip(reversed(moments), moments, strict=True):
@@ -157,16 +155,8 @@ def compensate(weight: Array, folds: list[PairMoments]) -> tuple[FloatArray, flo
 
 
 def _regress(matrix: FloatArray, cross: FloatArray, noisy: FloatArray, strength: float) -> FloatArray:
-    level = mean_level(noisy)
-    damped = noisy + (strength * level)[:, None, None] * np.eye(noisy.shape[1])
-    shift = np.linalg.solve(damped, np.swapaxes(matrix @ (cross - noisy), 1, 2))
+    shift = np.linalg.solve(damped(noisy, strength), np.swapaxes(matrix @ (cross - noisy), 1, 2))
     return np.asarray(matrix + np.swapaxes(shift, 1, 2))
-
-
-def mean_level(moment: FloatArray) -> FloatArray:
-    """The mean variance of each group, [groups]; of a dead one, whose moments are mere cancellation, a bit of the liveliest's."""
-    level = np.einsum("gkk->gk", moment).mean(axis=1)
-    return np.asarray(np.maximum(level, max(1e-6 * float(level.max(initial=0.0)), 1e-30)))
 
 
 def _change_of_error(matrix: FloatArray, target: FloatArray, cross: FloatArray, noisy: FloatArray) -> float:

@@ -80,6 +80,7 @@ class Settings:
     sparsity_scope: layer | global, what a share is a share of; sparse_storage: compressed | dense, of 2:4 weights.
     pruning: set where channels are removed.
     inline: functions of the integer format are written out. io: float | integer, the type of its inputs and outputs.
+    kernels: table | ibert, how integer formats compute GELU and the exponentials of Softmax.
     """
 
     bits: int = 8
@@ -101,6 +102,12 @@ class Settings:
     sparsity_scope: str = "layer"
     sparse_storage: str = "compressed"
     pruning: ChannelPruning | None = None
+    kernels: str = "table"
+
+    @property
+    def integer_kernels(self) -> bool:
+        """Whether GELU, Softmax, LayerNormalization and what joins them are computed in integers too."""
+        return self.format in ("qoperator", "integer")
 
     @property
     def weight_top(self) -> int:
@@ -148,6 +155,11 @@ class Context:
     progress: Callable[[str], None] | None = None
     sparse: list[SparseRecord] | None = None  # what became sparse, once that was decided
     pruned: list[PrunedRecord] | None = None  # what lost channels
+
+    @property
+    def measures(self) -> bool:
+        """Whether passes may decide by errors measured on `samples`: real data, and more effort than `fast`."""
+        return bool(self.samples) and not self.synthetic and self.settings.effort != "fast"
 
     @property
     def activations(self) -> ActivationType:

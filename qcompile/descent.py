@@ -9,15 +9,11 @@ updated together as in `qcompile.rounding`.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 
-from qcompile.qparams import PAIR_LIMIT, WEIGHT_MAX
-
-Array = npt.NDArray[Any]
-FloatArray = npt.NDArray[np.float64]
+from qcompile.qparams import PAIR_LIMIT, WEIGHT_MAX, Array, FloatArray
+from qcompile.quadratic import damped, is_live, quadratic_error
 
 _BLOCK = 64
 
@@ -40,25 +36,20 @@ def descend(
     directions which the samples never showed are not free; limits are those of `start`: +-top and, if asked for, the pair rule.
     keep: where False an integer stays 0 (its `start` must be 0).
     """
-    hessian = np.array(moment, np.float64)
-    level = np.abs(np.einsum("gkk->gk", hessian)).mean(axis=1)
-    if not (level > 0).any():
+    if not is_live(moment):
         return start.astype(np.int8)
-    np.einsum("gkk->gk", hessian)[...] += damping * np.maximum(level, 1e-30)[:, None]
+    hessian = damped(moment, damping)
     matrix = np.ascontiguousarray(np.swapaxes(np.asarray(weight, np.float64), 1, 2))
     steps = np.asarray(scale, np.float64)[:, None, :]
     q = np.ascontiguousarray(np.swapaxes(start, 1, 2)).astype(np.float64)
     gradient = hessian @ (matrix - q * steps)
-    first = gradient.copy()
     free = None if keep is None else np.ascontiguousarray(np.swapaxes(keep, 1, 2))
     for _ in range(sweeps):
         if not _sweep(q, gradient, hessian, steps, top, pair_rule, free):
             break
-    # e H e^T falls by (e_0 - e)(H e_0 + H e)^T.
-    gained = np.einsum("gkc,gkc->gc", (q - np.swapaxes(start, 1, 2)) * steps, first + gradient)
     moved = np.swapaxes(q, 1, 2)
-    better = _error(weight, scale, moved, moment) < _error(weight, scale, start, moment)
-    return np.where(((gained > 0) & better)[:, :, None], moved, start).astype(np.int8)
+    better = quadratic_error(weight, scale, moved, moment) < quadratic_error(weight, scale, start, moment)
+    return np.where(better[:, :, None], moved, start).astype(np.int8)
 
 
 def _sweep(
@@ -96,8 +87,3 @@ def _room(partner: FloatArray, top: int) -> tuple[FloatArray, FloatArray]:
     """Least and greatest value beside `partner` under the pair rule: |sum| within the limit where the signs agree."""
     low = np.where(partner < 0, np.maximum(-top, -PAIR_LIMIT - partner), -top)
     return low, np.where(partner > 0, np.minimum(top, PAIR_LIMIT - partner), top)
-
-
-def _error(weight: Array, scale: Array, q: Array, moment: Array) -> FloatArray:
-    error = np.asarray(weight, np.float64) - q.astype(np.float64) * np.asarray(scale, np.float64)[:, :, None]
-    return np.asarray(np.einsum("gck,gck->gc", error @ np.asarray(moment, np.float64), error))

@@ -39,6 +39,7 @@ _MOVING = CARRIES | {"MaxPool", "Resize", "Upsample", "Max", "Min"}
 _JOINING = ("Concat", "Max", "Min")
 _ENDS = ("QuantizeLinear", "DequantizeLinear")
 _WRITTEN = ("DyadicRescale", "RatioRescale")
+_MOST_WRITTEN = 1 << 25  # b of a written-out rescale: its sums then stay below 2^32
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,16 +100,21 @@ def _written_out(scales: Scales, call: onnx.NodeProto) -> Rescale:
     """A rescale of the integer format, which states its integers: exact within the bounds in which its body cannot wrap."""
     label = call.name or call.output[0]
     first, second = (scales.constant(name) for name in call.input[1:3])
-    if first is None or second is None or second.size != 1:
+    if first is None or second is None:
         return Rescale(label, call.op_type, "linear", False, "its integers are not stored in the file")
-    top, divisor = first.astype(np.int64), int(second.reshape(-1)[0])
+    top, below = first.astype(np.int64), second.astype(np.int64)
     if call.op_type == "RatioRescale":
+        divisor = int(below.reshape(-1)[0])
         fits = divisor % 2 == 1 and 1 <= divisor <= 1023 and bool(((top >= 1) & (top <= 256 * divisor)).all())
         reason = "" if fits else f"p/{divisor} is not a ratio with one odd q <= 1023"
         return Rescale(label, call.op_type, "add", fits, reason, p=tuple(int(p) for p in top.reshape(-1)), q=divisor)
-    fits = 1 <= divisor <= 20 and bool(((top >= 1) & (top <= 1 << (divisor + 8))).all())
-    reason = "" if fits else f"b or c = {divisor} is outside what int32 can rescale"
-    return Rescale(label, call.op_type, "linear", fits, reason, b=top.reshape(-1), c=np.full(top.size, divisor, np.int64))
+    b, c = (v.reshape(-1) for v in np.broadcast_arrays(top, below))
+    ends = {a.name: a.i for a in call.attribute}
+    # 2^(c+w), w the bits of the output: from there on it saturates, and so far |x*b| goes before x is clipped.
+    reach = np.left_shift(np.int64(ends.get("high", 255) - ends.get("low", 0) + 1), np.clip(c, 0, 31))
+    fits = bool(((c >= 1) & (c < 32) & (reach <= 1 << 30) & (b >= 1) & (b <= np.minimum(reach, _MOST_WRITTEN))).all())
+    reason = "" if fits else f"b = {b.min()}..{b.max()} or c = {c.min()}..{c.max()} is outside what int32 can rescale"
+    return Rescale(label, call.op_type, "linear", fits, reason, b=b, c=c)
 
 
 # --- judgements on scales -------------------------------------------------------------------------------------

@@ -9,16 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from qcompile.descent import descend
-from qcompile.qparams import grid_scales
-from qcompile.rounding import nearest, second_order_round
-
-Array = npt.NDArray[Any]
+from qcompile.qparams import Array, grid_scales
+from qcompile.quadratic import damped, is_live, quadratic_error
+from qcompile.rounding import SecondOrder, nearest
 
 _NARROWEST, _WIDEST = 0.45, 1.2  # of max|W| / top
 _SWEEPS = 4
@@ -46,37 +44,31 @@ def round_on_lattice(
 ) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
     """Integers [groups, channels, K] and scales [groups, channels] for `weight` of that shape and `moment` [groups, K, K].
 
-    scale: the scales to start from, float32; least: those that an accumulator needs at least, [groups, channels]. No channel is
-    worse on the (damped) moment than round to nearest at the scale it started from. keep: where False the weight is 0 and its
-    integer stays 0.
+    scale: the scales to start from, float32; least: those that an accumulator needs at least, [groups, channels]. Candidates are
+    judged on the damped moment, on which no channel is worse than round to nearest at the scale it started from. keep: where
+    False the weight is 0 and its integer stays 0.
     """
-    damped = np.array(moment, np.float64)
-    level = np.abs(np.einsum("gkk->gk", damped)).mean(axis=1)
-    np.einsum("gkk->gk", damped)[...] += grid.damping * level[:, None]
-    best_q = _round(weight, scale, moment, grid, keep)
     best_scale = np.array(scale, np.float32)
-    if not (level > 0).any():
+    best_q = nearest(weight, scale, grid.pair_rule, grid.top)
+    if not is_live(moment):
         return best_q, best_scale
-    best = _error(weight, best_scale, damped, best_q)
+    judge = damped(moment, grid.damping)
+    rounding = SecondOrder(moment, pair_rule=grid.pair_rule, damping=grid.damping)
+    limits = None if keep is None else (np.where(keep, -grid.top, 0), np.where(keep, grid.top, 0))
+    best = quadratic_error(weight, best_scale, best_q, judge)
     peak = np.abs(np.asarray(weight, np.float64)).max(axis=2) / grid.top
-    for factor in grid.factors(weight.shape[2]):
-        wanted = np.maximum(peak * factor, least)
-        trial = grid_scales(wanted.reshape(-1), grid.input_scale, grid.output_scale).reshape(wanted.shape)
-        q = _round(weight, trial, moment, grid, keep)
-        error = _error(weight, trial, damped, q)
+    for factor in (None, *grid.factors(weight.shape[2])):
+        trial = np.asarray(scale, np.float32)
+        if factor is not None:
+            wanted = np.maximum(peak * factor, least)
+            trial = grid_scales(wanted.reshape(-1), grid.input_scale, grid.output_scale).reshape(wanted.shape)
+        start, q = nearest(weight, trial, grid.pair_rule, grid.top), rounding.round(weight, trial, top=grid.top, limits=limits)
+        gained = quadratic_error(weight, trial, q, moment) < quadratic_error(weight, trial, start, moment)
+        q = np.where(gained[:, :, None], q, start)
+        q = descend(
+            weight, trial, moment, q, pair_rule=grid.pair_rule, damping=grid.damping, top=grid.top, sweeps=_SWEEPS, keep=keep
+        )
+        error = quadratic_error(weight, trial, q, judge)
         better = error < best
         best_q[better], best_scale[better], best[better] = q[better], trial[better], error[better]
     return best_q, best_scale
-
-
-def _round(weight: Array, scale: Array, moment: Array, grid: Grid, keep: Array | None) -> npt.NDArray[np.int8]:
-    pair_rule, damping, top = grid.pair_rule, grid.damping, grid.top
-    start = nearest(weight, scale, pair_rule, top)
-    limits = None if keep is None else (np.where(keep, -top, 0), np.where(keep, top, 0))
-    q = second_order_round(weight, scale, moment, start, pair_rule=pair_rule, damping=damping, top=top, limits=limits)
-    return descend(weight, scale, moment, q, pair_rule=pair_rule, damping=damping, top=top, sweeps=_SWEEPS, keep=keep)
-
-
-def _error(weight: Array, scale: Array, moment: Array, q: Array) -> npt.NDArray[np.float64]:
-    error = np.asarray(weight, np.float64) - q.astype(np.float64) * np.asarray(scale, np.float64)[:, :, None]
-    return np.asarray(np.einsum("gck,gck->gc", error @ moment, error))

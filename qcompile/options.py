@@ -20,6 +20,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "criterion": tuple(CRITERIA),
     "sparsity_scope": ("layer", "global"),
     "sparse_storage": ("compressed", "dense"),
+    "kernels": ("table", "ibert"),
 }
 BLOCKS = (32, 64, 128)
 SPELLINGS = ("matmulnbits", "portable")
@@ -49,6 +50,11 @@ def check_settings(settings: Settings, max_drop: float | None, has_evaluation: b
         )
     if settings.io == "integer" and settings.format != "integer":
         raise InputError(f"--io integer --format {settings.format}: only integer files have integer ends; give --format integer")
+    if settings.kernels != "table" and not settings.integer_kernels:
+        raise InputError(
+            f"--kernels {settings.kernels} --format {settings.format}: it computes GELU and Softmax in float; "
+            "give --format qoperator or integer"
+        )
     if settings.inline and settings.format != "integer":
         raise InputError(f"--inline --format {settings.format}: only integer files call functions; leave --inline out")
     if settings.weight_only is not None:

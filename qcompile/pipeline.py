@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -37,6 +36,7 @@ from qcompile.report_file import file_record, peak_rss_mb
 from qcompile.run_passes import run_passes
 from qcompile.samples import model_inputs
 from qcompile.sparsity_report import sparsity_json
+from qcompile.stamp import stamp
 from qcompile.tensors import is_external, location
 
 _CHECK_FEEDS = 2
@@ -79,6 +79,7 @@ def compile_model(
     inputs_as: str = "float32",
     inline: bool = False,
     io: str = "float",
+    kernels: str = "table",
     activations: str = "int8",
     block: int | None = None,
     symmetric: bool | None = None,
@@ -107,6 +108,7 @@ def compile_model(
 
     data, eval_data: a SPEC (see `qcompile.data`) or a Dataset; without a limit `eval_data` never changes the written bytes.
     inline, io: in format integer, functions are written out; io "integer": inputs and outputs are integers too.
+    kernels: in the formats qoperator and integer, GELU and the exponentials of Softmax by table, or ibert: by its polynomials.
     activations: int8, or float for weight-only INT4, whose options are block, symmetric, spelling and accuracy_level.
     bits: 8, 4, or 32 to quantise nothing. sparsity: "2:4" (N:M along the input channels) or a share of zeros such as 0.5, chosen
     by `criterion` (magnitude | wanda | obd | obs); sparsity_scope "global": the share is one budget for all layers;
@@ -138,6 +140,7 @@ def compile_model(
         seed=seed,
         inline=inline,
         io=io,
+        kernels=kernels,
         weight_only=weight_only_of(activations, block, symmetric, spelling, accuracy_level),
         sparsity=None if sparsity is None else str(sparsity),
         criterion=criterion,
@@ -246,7 +249,7 @@ class _Compiler:
         forget_inner_types(graph)
         compact(graph)
         shorten_names(graph, known)
-        _stamp(loaded, settings)
+        stamp(loaded, settings)
         graph.save(self.path)
         return _Built(loaded, rows, context)
 
@@ -312,23 +315,6 @@ def _stages(progress: Progress | None, given: _Data) -> Any:
         progress(stage, counts[stage], given.calibration.count if stage == "calibrating" else None)
 
     return tick
-
-
-def _stamp(loaded: Loaded, settings: Settings) -> None:
-    """Metadata: what was done, with which settings (where not the default), from which source; the version is the producer's."""
-    whole = asdict(settings)
-    chosen = {f.name: whole[f.name] for f in fields(settings) if getattr(settings, f.name) != f.default}
-    stamps = {
-        "qcompile.source_sha256": loaded.source_sha256,
-        "qcompile.settings": json.dumps(chosen, sort_keys=True, separators=(",", ":")),
-    }
-    shell = loaded.graph.shell
-    kept = [p for p in shell.metadata_props if p.key not in stamps]
-    del shell.metadata_props[:]
-    shell.metadata_props.extend(kept)
-    for key, value in stamps.items():
-        shell.metadata_props.add(key=key, value=value)
-    shell.producer_name, shell.producer_version = "qcompile", qcompile.__version__
 
 
 def _measure(

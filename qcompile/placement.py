@@ -17,6 +17,7 @@ from onnx import TensorProto
 
 from qcompile.context import FLOAT_BITS, Settings
 from qcompile.graph import Const, Graph, Node, Tensor, Value
+from qcompile.kernel_operands import kernel_operands
 
 _DATA_ONLY = {
     "Reshape",
@@ -96,6 +97,8 @@ class _Placer:
             self._want(node.inputs[0])
             if node.op == "Conv":
                 self._want(self._final(node.outputs[0]))
+        for node, index in kernel_operands(self.graph, self.settings):
+            self._want(node.inputs[index])
         result.folded = {
             n
             for n in result.folded

@@ -55,7 +55,8 @@ class LinearSite:
     """An integer Conv or Gemm. `result` is None where it ends in float. Its weights' channel axis is `axis`;
     `weight_scale` and `stored`, its scales and integers, are there from `round_weights` on. `output` names the float model's
     tensor that it computes, folded Relu/Clip included. `method`: how its weights were rounded; `gain_db`: what that gained over
-    round to nearest on the layer's own output, where it was measured."""
+    round to nearest on the layer's own output, where it was measured. `unit`: where the result is added to others in wide
+    integers, what one step of those is worth; every Sx*Sw is then a whole multiple of it."""
 
     node: Node
     source: ScaleClass
@@ -67,6 +68,14 @@ class LinearSite:
     output: str = ""
     method: str = "nearest"
     gain_db: float | None = None
+    unit: np.float32 | None = None
+
+    @property
+    def grid_scale(self) -> np.float32 | None:
+        """The output scale Sy for which every channel's Sx*Sw/Sy must be b/2^16; None where any Sw will do."""
+        if self.result is not None:
+            return self.result.scale
+        return None if self.unit is None else np.float32(self.unit * np.float32(2.0**16))
 
 
 @dataclass(eq=False)
@@ -118,6 +127,7 @@ class Plan:
     adds: list[AddSite] = field(default_factory=list)
     pools: list[PoolSite] = field(default_factory=list)
     clamps: list[ClampSite] = field(default_factory=list)
+    units: dict[str, float] = field(default_factory=dict)  # of tensors in wide sums, what one step is worth
     searched: bool = False
     refined: bool = False
     layers: list[LayerRecord] | None = None  # the diagnosis, where it was asked for

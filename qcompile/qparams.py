@@ -140,7 +140,7 @@ def quantise_weight(
         if not np.isfinite(matrix).all():
             raise ValueError(f"channel {start + int(np.argmin(np.isfinite(matrix).all(axis=1)))}: a weight is not finite")
         own_bias = None if bias is None else bias[part]
-        least = _least_scale(matrix, own_bias, float(input_scale), activation_top)
+        least = least_scales(matrix, own_bias, float(input_scale), activation_top)
         try:
             values[part], scales[part], numerators[part] = _choose(
                 matrix,
@@ -213,8 +213,11 @@ def _choose(
     return best_q, best_scale, best_b
 
 
-def _least_scale(matrix: FloatArray, bias: Array | None, input_scale: float, activation_top: int) -> FloatArray:
-    """Least Sw for which bias and accumulator together stay below 2^31 (2^30 each leaves room for bias correction)."""
+def least_scales(matrix: FloatArray, bias: Array | None, input_scale: float, activation_top: int) -> FloatArray:
+    """The scales [channels] that `matrix` [channels, K] and `bias` [channels] need at least for an int32 accumulator.
+
+    Bias and products together stay below 2^31; 2^30 each leaves room for bias correction.
+    """
     floor: FloatArray = np.full(matrix.shape[0], 2.0**-80 / input_scale if input_scale < 1 else 2.0**-80)
     # sum|q| <= K * 127 and 255 * 127 * K < 2^30 for K < 33,000; larger K is bounded through the real sum of |w|.
     floor = np.maximum(floor, activation_top * np.abs(matrix).sum(axis=1) / 2.0**30)
@@ -234,11 +237,6 @@ def grid_scales(wanted: FloatArray, input_scale: np.float32, output_scale: np.fl
         raise ValueError(
             f"channel {missing.channel}: no weight scale makes {input_scale} * Sw / {output_scale} dyadic"
         ) from missing
-
-
-def least_scales(matrix: FloatArray, bias: Array | None, input_scale: float, activation_top: int) -> FloatArray:
-    """The scales [channels] that `matrix` [channels, K] and `bias` [channels] need at least for an int32 accumulator."""
-    return _least_scale(np.asarray(matrix, np.float64), bias, input_scale, activation_top)
 
 
 def _on_grid(

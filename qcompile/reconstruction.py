@@ -16,12 +16,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-from qcompile.compensation import mean_level
-from qcompile.runtime import Array
-
-FloatArray = npt.NDArray[np.float64]
+from qcompile.qparams import Array, FloatArray
+from qcompile.quadratic import damped, mean_level
 
 STRENGTHS = (0.1, 1.0, 10.0, 100.0)
 _TRIAL_STEPS = 5
@@ -63,25 +60,25 @@ class Rows:
 
 
 class _Solver:
-    """Majorised ridge regression on `rows` around `weight`, for one strength."""
+    """Majorised ridge regression on `rows` around `weight`; the moment of the rows serves all strengths."""
 
-    def __init__(self, rows: Rows, weight: FloatArray, strength: float) -> None:
+    def __init__(self, rows: Rows, weight: FloatArray) -> None:
         self.rows = rows
         self.weight = weight
         mean = rows.inputs.mean(axis=1, keepdims=True, dtype=np.float64).astype(np.float32)
         self.centred = rows.inputs - mean
         self.mean = mean[:, 0].astype(np.float64)
-        moment = np.matmul(np.swapaxes(self.centred, 1, 2), self.centred).astype(np.float64) / rows.count
-        self.pull = strength * mean_level(moment)[:, None, None]
-        self.inverse = np.linalg.inv(moment + self.pull * np.eye(moment.shape[1]))
+        self.moment = np.matmul(np.swapaxes(self.centred, 1, 2), self.centred).astype(np.float64) / rows.count
 
-    def run(self, start: FloatArray, bias: FloatArray, steps: int) -> tuple[FloatArray, FloatArray]:
+    def run(self, strength: float, start: FloatArray, bias: FloatArray, steps: int) -> tuple[FloatArray, FloatArray]:
+        pull = strength * mean_level(self.moment)[:, None, None]
+        inverse = np.linalg.inv(damped(self.moment, strength))
         weight, across = start, np.swapaxes(self.centred, 1, 2)
         for _ in range(steps):
             r = self.rows.residual(weight, bias)
             # d/dV of the mean square, in the centred coordinates in which the bias takes the mean.
             towards = np.swapaxes(np.matmul(across, r), 1, 2).astype(np.float64) / self.rows.count
-            move = (towards - self.pull * (weight - self.weight)) @ self.inverse
+            move = (towards - pull * (weight - self.weight)) @ inverse
             weight = weight + move
             bias = bias + r.mean(axis=1, dtype=np.float64) - np.einsum("gck,gk->gc", move, self.mean)
         return weight, bias
@@ -102,12 +99,13 @@ def reconstruct(rows: Rows, weight: Array, start: Array, bias: Array) -> tuple[F
     errors = np.zeros(len(STRENGTHS) + 1)
     for train, test in (halves, halves[::-1]):
         errors[-1] += test.loss(first, fit_bias(train, first, bias))
+        solver = _Solver(train, matrix)
         for index, strength in enumerate(STRENGTHS):
-            errors[index] += test.loss(*_Solver(train, matrix, strength).run(first, bias, _TRIAL_STEPS))
+            errors[index] += test.loss(*solver.run(strength, first, bias, _TRIAL_STEPS))
     best = int(np.argmin(errors))
     if best == len(STRENGTHS):
         return first, fit_bias(rows, first, bias), np.inf
-    fitted, moved = _Solver(rows, matrix, STRENGTHS[best]).run(first, bias, _STEPS)
+    fitted, moved = _Solver(rows, matrix).run(STRENGTHS[best], first, bias, _STEPS)
     return fitted, moved, STRENGTHS[best]
 
 

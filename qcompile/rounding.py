@@ -8,15 +8,12 @@ left to bias correction. Everything is float64 but the result.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from qcompile.qparams import PAIR_LIMIT, WEIGHT_MAX, round_pairs
-
-Array = npt.NDArray[Any]
-FloatArray = npt.NDArray[np.float64]
+from qcompile.qparams import PAIR_LIMIT, WEIGHT_MAX, Array, FloatArray, round_pairs
+from qcompile.quadratic import is_live, mean_level, quadratic_error
 
 #: The widest K: the moment, its inverse and factor take 3 * 8 * K^2 bytes, 0.9 GB here.
 WIDEST = 6144
@@ -42,32 +39,50 @@ def second_order_round(
     Singular moments are damped, those with negative eigenvalues (noise) more; a moment of zeros returns `start`. Raises
     FloatingPointError where the moment is not finite, ValueError for the pair rule with a scale a column.
     """
-    width = weight.shape[2]
-    matrix = np.asarray(weight, np.float64)
-    steps = np.asarray(scale, np.float64)
-    by_column = steps.ndim == 3
-    if by_column and pair_rule:
-        raise ValueError("the pair rule needs one scale a channel")
-    hessian = np.asarray(moment, np.float64)
-    diagonal = np.einsum("gkk->gk", hessian)
-    level = np.abs(diagonal).mean(axis=1)
-    if not (level > 0).any():
+    if not is_live(moment):
         return start.astype(np.int8)
-    order = _order(diagonal, pair_rule)
-    hessian = np.take_along_axis(np.take_along_axis(hessian, order[:, :, None], 1), order[:, None, :], 2)
-    factor, _ = damped_factor(hessian, damping * np.maximum(level, 1e-30))
-    unit = np.ones(steps.shape[:2]) if by_column else steps
-    work = _by_column(matrix / unit[:, :, None], order)
-    low, high = (np.full((1, width, 1), end) for end in (-top, top))
-    if limits is not None:
-        low, high = (_by_column(np.broadcast_to(limit, matrix.shape), order) for limit in limits)
-    grid = _Grid(_by_column(steps, order) if by_column else np.ones((1, width, 1)), low, high)
-    pairs = width // 2 * 2 if pair_rule else 0
-    rounded = np.swapaxes(_sweep(work, factor, pairs, grid), 1, 2)
-    result = np.empty_like(rounded)
-    np.put_along_axis(result, np.broadcast_to(order[:, None, :], rounded.shape), rounded, 2)
-    reached, before = (_error(matrix, steps, q, moment) for q in (result, start))
+    result = SecondOrder(moment, pair_rule=pair_rule, damping=damping).round(weight, scale, top=top, limits=limits)
+    reached, before = (quadratic_error(weight, scale, q, moment) for q in (result, start))
     return np.where((reached < before)[:, :, None], result, start).astype(np.int8)
+
+
+class SecondOrder:
+    """Second-order rounding on one live moment [groups, K, K]: the order of the columns and the factor serve all scales.
+
+    Raises FloatingPointError where the moment is not finite.
+    """
+
+    def __init__(self, moment: Array, *, pair_rule: bool, damping: float = 0.01) -> None:
+        hessian = np.asarray(moment, np.float64)
+        self.pair_rule = pair_rule
+        self.order = _order(np.einsum("gkk->gk", hessian), pair_rule)
+        level = mean_level(hessian)
+        hessian = np.take_along_axis(np.take_along_axis(hessian, self.order[:, :, None], 1), self.order[:, None, :], 2)
+        self.factor, _ = damped_factor(hessian, damping * level)
+
+    def round(
+        self, weight: Array, scale: Array, *, top: int = WEIGHT_MAX, limits: tuple[Array, Array] | None = None
+    ) -> npt.NDArray[np.int8]:
+        """Integers of `weight` on `scale` within `top` or `limits`, as `second_order_round`, whether they do better or not.
+
+        Raises ValueError for the pair rule with a scale a column.
+        """
+        width, order = weight.shape[2], self.order
+        matrix, steps = np.asarray(weight, np.float64), np.asarray(scale, np.float64)
+        by_column = steps.ndim == 3
+        if by_column and self.pair_rule:
+            raise ValueError("the pair rule needs one scale a channel")
+        unit = np.ones(steps.shape[:2]) if by_column else steps
+        work = _by_column(matrix / unit[:, :, None], order)
+        low, high = (np.full((1, width, 1), end) for end in (-top, top))
+        if limits is not None:
+            low, high = (_by_column(np.broadcast_to(limit, matrix.shape), order) for limit in limits)
+        grid = _Grid(_by_column(steps, order) if by_column else np.ones((1, width, 1)), low, high)
+        pairs = width // 2 * 2 if self.pair_rule else 0
+        rounded = np.swapaxes(_sweep(work, self.factor, pairs, grid), 1, 2)
+        result = np.empty(rounded.shape, np.int8)
+        np.put_along_axis(result, np.broadcast_to(order[:, None, :], rounded.shape), rounded.astype(np.int8), 2)
+        return result
 
 
 def nearest(weight: Array, scale: Array, pair_rule: bool, top: int) -> npt.NDArray[np.int8]:
@@ -164,9 +179,3 @@ def _limited(q: FloatArray, first: FloatArray) -> FloatArray:
     """Clip the second of a pair so that |first + second| <= the limit where both have one sign."""
     room = PAIR_LIMIT - np.abs(first)
     return np.where((q * first > 0) & (np.abs(q) > room), np.sign(q) * room, q)
-
-
-def _error(matrix: FloatArray, steps: FloatArray, q: Array, moment: Array) -> FloatArray:
-    """e H e^T of every channel, [groups, channels]."""
-    error = matrix - q.astype(np.float64) * (steps if steps.ndim == 3 else steps[:, :, None])
-    return np.asarray(np.einsum("gck,gck->gc", error @ np.asarray(moment, np.float64), error))

@@ -87,13 +87,24 @@ def judge_drop(
     if low > max_drop_points:
         return Verdict("fail", drop, low, high, confidence, samples, None, f"{about}, above {limit}")
     needed = samples_needed(lost, won, samples, max_drop_points, confidence=confidence)
+    reason = f"{about}, {limit}: {too_few(samples, needed)}"
+    return Verdict("inconclusive", drop, low, high, confidence, samples, needed, reason)
+
+
+def too_few(samples: int, needed: int | None) -> str:
+    """Why a verdict is inconclusive, and how many samples would decide it (None: no reachable number)."""
     advice = (
         f"about {needed} samples would decide it"
         if needed is not None
         else "no reachable number of samples would decide it: choose another limit"
     )
-    reason = f"{about}, {limit}: {samples} samples are too few; {advice}"
-    return Verdict("inconclusive", drop, low, high, confidence, samples, needed, reason)
+    return f"{samples} samples are too few; {advice}"
+
+
+def two_figures(number: int) -> int:
+    """`number` rounded up to two figures."""
+    unit = int(10 ** max(0, len(str(number)) - 2))
+    return -(-number // unit) * unit
 
 
 def drop_interval(lost: int, won: int, samples: int, *, confidence: float = 0.95) -> tuple[float, float]:
@@ -126,8 +137,7 @@ def samples_needed(lost: int, won: int, samples: int, max_drop_points: float, *,
     while n - undecided > max(1, undecided // 100):
         middle = (n + undecided) // 2
         undecided, n = (undecided, middle) if decided(middle) else (middle, n)
-    unit = int(10 ** max(0, len(str(n)) - 2))
-    return -(-n // unit) * unit
+    return two_figures(n)
 
 
 def _upper_bound(lost: int, won: int, samples: int, tail: float) -> float:

@@ -1,21 +1,31 @@
-"""Kernels at the ends and in the middle of their domains, the inputs that each is tried on, and a model that holds one kernel."""
+"""Kernels at the ends and in the middle of their domains, and the inputs that each is tried on."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import inf, isqrt
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx
-from onnx import ModelProto, helper, inliner
-from onnx.reference import ReferenceEvaluator
-from onnx.reference.op_run import OpRun
 
-from qcompile.kernels import IExp, IGelu, INormalise, ISoftmax, Table, TableExp
+from qcompile.kernels import (
+    DyadicRescale,
+    FusedRescale,
+    IExp,
+    IGelu,
+    ILayerNorm,
+    INormalise,
+    IRmsNorm,
+    ISoftmax,
+    ISqrt,
+    RatioRescale,
+    Table,
+    TableExp,
+)
 from qcompile.kernels._functions import named
-from qcompile.kernels._protocol import OPSET, Array, Kernel
+from qcompile.kernels._protocol import Array, Kernel
 
 INT32 = np.iinfo(np.int32)
 ELEMENTS = 100_000
@@ -27,6 +37,10 @@ class Case:
 
     kernel: Kernel
     inputs: Callable[[], list[tuple[Array, ...]]]
+    slack: float = 8.0  # how far above the largest error that is seen the tolerance may lie
+    long_ops: frozenset[str] = frozenset({"Constant", "Shape"})  # operators that may compute in int64
+    runtime_only: bool = False  # made of onnxruntime's own operators, with a float multiplier
+    row_sums: bool = False  # MatMul over rows: needs an onnxruntime that can multiply no rows
 
 
 def landmarks() -> npt.NDArray[np.int32]:
@@ -86,6 +100,8 @@ def lost_rows(kernel: ISoftmax) -> list[Array]:
 def _scored(kernel: IExp | ISoftmax | TableExp) -> Case:
     def inputs() -> list[tuple[Array, ...]]:
         rows = score_rows(kernel.scale) + wild_rows() + (lost_rows(kernel) if isinstance(kernel, ISoftmax) else [])
+        if isinstance(kernel, TableExp) and kernel.bound < 2**31:
+            rows = [np.clip(row, -kernel.bound, kernel.bound) for row in rows]
         return with_mask(rows) if kernel.masked else [(row,) for row in rows]
 
     return Case(kernel, inputs)
@@ -103,7 +119,7 @@ def _gelu(kernel: IGelu) -> Case:
 def _normalise(kernel: INormalise) -> Case:
     def inputs() -> list[tuple[Array, ...]]:
         rng = np.random.default_rng(3)
-        largest = 255 * kernel.longest
+        largest = kernel.room * kernel.multiplier - 1 if kernel.any_length else kernel.room
         total = rng.integers(1, largest, (ELEMENTS // 50, 1), endpoint=True)
         total[:5, 0] = (1, 2, 255, largest - 1, largest)
         context = rng.integers(-255 * total, 255 * total, (len(total), 50), endpoint=True)
@@ -129,7 +145,141 @@ def _table_of(name: str, sy: float = 0.03, zy: int = 6, sx: float = 0.04, zx: in
     return _table(Table(named(name), sx, zx, sy, zy, **kinds))
 
 
+def ties(numerator: int, denominator: int, bits: int, seed: int = 0) -> Array:
+    """x [1, n] int32 next to where x numerator / denominator is k + 1/2, k inside and just beyond `bits` bits, and landmarks."""
+    rng = np.random.default_rng(seed)
+    odd = 2 * rng.integers(-(2**bits) - 4, 2**bits + 4, 4000).astype(object) + 1
+    near = odd * denominator // (2 * numerator)
+    every = np.concatenate([near, near + 1, near - 1, landmarks().astype(object)])
+    return np.clip(every, INT32.min, INT32.max).astype(np.int32).reshape(1, -1)
+
+
+def _slack(numerator: int, denominator: int) -> float:
+    """Multiples of whole numbers have no fraction, and of those beyond 2 few that 8 bits hold have one."""
+    return inf if numerator % denominator == 0 or numerator > 2 * denominator else 8.0
+
+
+def _rescale(kernel: DyadicRescale, shape: Sequence[int] = (), **more: Any) -> Case:
+    """Ties of the first channel, every int32; `shape`: of tensors with the channels of `kernel`, where it has several."""
+
+    def inputs() -> list[tuple[Array, ...]]:
+        bits = min(np.iinfo(kernel.dtype).bits, 31)
+        if shape:
+            everywhere = any_int32(shape)
+            return [(everywhere,), (everywhere >> np.random.default_rng(1).integers(0, 32, shape, np.int32),)]
+        return [(ties(kernel.b[0], 1 << kernel.c[0], bits),), (any_int32((200, ELEMENTS // 200)),), (any_int32((4, 500)) >> 9,)]
+
+    return Case(kernel, inputs, _slack(min(kernel.b), 1 << max(kernel.c)), **more)
+
+
+def _ratio(kernel: RatioRescale) -> Case:
+    def inputs() -> list[tuple[Array, ...]]:
+        return [(ties(kernel.p, kernel.q, 8),), (any_int32((200, ELEMENTS // 200)),), (any_int32((2, 3, 5)),)]
+
+    return Case(kernel, inputs, _slack(kernel.p, kernel.q))
+
+
+def roots(wide: bool) -> Array:
+    """All small numbers, 2^k and squares with their neighbours, the largest, random ones of every size, [n] int32 or int64."""
+    bits = 63 if wide else 31
+    top = 2**bits - 1
+    rng = np.random.default_rng(0)
+    whole = rng.integers(1, isqrt(top), 20_000, endpoint=True)
+    parts = [
+        np.arange(66_000),
+        [min(2**k + d, top) for k in range(2, bits + 1) for d in (-2, -1, 0, 1, 2)],
+        whole**2,
+        whole**2 - 1,
+        rng.integers(0, top, ELEMENTS, endpoint=True) >> rng.integers(0, bits, ELEMENTS),
+        [isqrt(top) ** 2, isqrt(top) ** 2 - 1, top],
+    ]
+    return np.concatenate([np.asarray(p, np.int64) for p in parts]).astype(np.int64 if wide else np.int32)
+
+
+#: What ISqrtWide computes in 64 bits: everything.
+_ROOT_OPS = frozenset({"Add", "Cast", "Constant", "Div", "MatMul", "Sub", "Unsqueeze"})
+
+
+def _root(wide: bool) -> Case:
+    long_ops = _ROOT_OPS if wide else frozenset({"Constant"})
+    return Case(ISqrt(wide), lambda: [(roots(wide),), (roots(wide)[:900].reshape(3, 1, 300),)], long_ops=long_ops, row_sums=True)
+
+
+def norm_rows(d: int, bits: int, count: int = 150) -> Array:
+    """Rows of every size and offset, one outlier, constant, ends against ends, and neighbours at the lowest value."""
+    rng = np.random.default_rng(bits)
+    low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
+    size = 10.0 ** rng.uniform(0, bits * 0.3, (count, 1))
+    outlier = np.zeros((24, d), np.int64)
+    outlier[np.arange(24), rng.integers(0, d, 24)] = [(-1) ** i * min(high, 5 ** (i % 14)) for i in range(24)]
+    constant = np.repeat([[0], [1], [low], [high]], d, 1)
+    one_high = np.full((2, d), low)
+    one_high[:, 0] = (high, low + 1)
+    parts = [
+        rng.integers(low, high, (count, d), endpoint=True) >> rng.integers(0, bits, (count, 1)),
+        rng.normal(0, 1, (count, d)) * size + rng.integers(low, high, (count, 1)) * (rng.random((count, 1)) < 0.5),
+        outlier,
+        constant,
+        one_high,
+        np.where(rng.random((6, d)) < 0.5, low, high),
+        low + (rng.random((6, d)) < 0.3),
+        rng.normal(0, high / 6, (count, d)),
+    ]
+    whole = np.concatenate([np.rint(p).astype(np.float64).clip(low, high).astype(np.int64) for p in parts])
+    return whole.astype(np.int32)
+
+
+def grudging_rows(d: int) -> Array:
+    """One value of 2^20, the others +-m: the rounding of all of them errs the same way for some m, and moves sigma most."""
+    m = np.linspace(2**20 / d, 2**20 / np.sqrt(d) * 2, 400).astype(np.int64)
+    row = np.where(np.arange(d) % 2 == 1, 1, -1) * m[:, None]
+    row[:, 0] = 2**20
+    return row.astype(np.int32)
+
+
+def norm_of(
+    norm: type[ILayerNorm] | type[IRmsNorm], d: int, bits: int, dtype: str, step: float, zero: int
+) -> ILayerNorm | IRmsNorm:
+    """Channels with gammas of both signs, one of them 0, and betas."""
+    rng = np.random.default_rng(d)
+    gamma = rng.normal(1, 0.5, d)
+    gamma[: min(2, d)] = (-1.5, 0.0)[: min(2, d)]
+    beta = tuple(rng.normal(0, 0.5, d))
+    return norm(1e-3, tuple(gamma), step, beta, zero, dtype, input_bits=bits)
+
+
+#: Numbers a row, not of the tensor: the sum of squares, its root and sigma; and the limbs of the squares.
+_NORM_OPS = _ROOT_OPS | {"Identity", "Mul", "Shape", "Where"}
+
+
+def _norm(norm: type[ILayerNorm] | type[IRmsNorm], d: int, bits: int, dtype: str, step: float, zero: int = 0) -> Case:
+    def inputs() -> list[tuple[Array, ...]]:
+        grudging = [(grudging_rows(d),)] if bits == 32 and d > 16 else []
+        return [(norm_rows(d, bits, 150 if d < 500 else 25),), *grudging]
+
+    return Case(norm_of(norm, d, bits, dtype, step, zero), inputs, slack=40.0, long_ops=_NORM_OPS, row_sums=True)
+
+
+_CHANNELS = tuple(2**k // 3 + 1 for k in range(1, 25)), tuple(k % 17 for k in range(24))  # b and c
+
 CASES: dict[str, Case] = {
+    **{
+        f"DyadicRescale {b}/2^{c}": _rescale(DyadicRescale((b,), (c,), 131))
+        for b, c in ((1, 0), (3, 1), (65, 16), (2**24 - 1, 22))
+    },
+    "DyadicRescale int8": _rescale(DyadicRescale((77,), (9,), -128, "int8")),
+    "DyadicRescale int16": _rescale(DyadicRescale((12345,), (14,), -7, "int16")),
+    "DyadicRescale channels": _rescale(DyadicRescale(*_CHANNELS, 128), (3, 40, 24)),
+    "DyadicRescale channels, one c": _rescale(DyadicRescale(_CHANNELS[0], (16,), 128, axis=-3), (2, 24, 9, 7)),
+    "DyadicRescaleWide uint8": _rescale(DyadicRescale((12_345_677,), (24,), 7)),
+    "DyadicRescaleWide int32": _rescale(DyadicRescale((65,), (16,), 0, "int32")),
+    "FusedRescale": _rescale(FusedRescale((65,), (16,), 131), runtime_only=True),
+    "FusedRescale int8": _rescale(FusedRescale((77,), (9,), -128, "int8"), runtime_only=True),
+    "FusedRescale channels": _rescale(FusedRescale(*_CHANNELS, 128), (3, 40, 24), runtime_only=True),
+    **{f"RatioRescale {p}/{q}": _ratio(RatioRescale(p, q, 131)) for p, q in ((1, 1), (1, 1023), (7, 255), (10**9, 3))},
+    "RatioRescale int8": _ratio(RatioRescale(5, 1023, -128, "int8")),
+    "ISqrt": _root(False),
+    "ISqrt wide": _root(True),
     **{f"IExp {s:g}": _scored(IExp(s)) for s in (2.0**-26, 1e-6, 3.9e-5, 4e-5, 3e-4, 2e-3, 2.1e-3, 0.05, 0.11, 1.0)},
     **{f"IExp masked {s:g}": _scored(IExp(s, masked=True)) for s in (1e-6, 3e-4, 0.11)},
     **{f"ISoftmax {s:g}": _scored(ISoftmax(s)) for s in (2.0**-26, 1e-6, 3.9e-5, 4e-5, 3e-4, 2e-3, 2.1e-3, 0.05, 0.11, 1.0)},
@@ -142,6 +292,7 @@ CASES: dict[str, Case] = {
     },
     "IGelu tanh 0.05": _gelu(IGelu(0.05, tanh=True)),
     **{f"INormalise {n}": _normalise(INormalise(0.02, longest=n)) for n in (1, 128, 512, 8192)},
+    **{f"INormalise any, {n}": _normalise(INormalise(0.02, longest=n, any_length=True)) for n in (1, 512, 8192)},
     "Table Sigmoid": _table_of("Sigmoid", 1 / 256, 0),
     "Table Silu": _table_of("Silu"),
     "Table Gelu int8 to int8": _table_of("Gelu", zx=-3, zy=-120, input_type=np.int8, output_type=np.int8),
@@ -151,47 +302,17 @@ CASES: dict[str, Case] = {
     "Table HardSigmoid": _table_of("HardSigmoid", 1 / 255, 0),
     "Table Exp saturates": _table_of("Exp", 0.01, 0),
     "Table LeakyRelu": _table_of("LeakyRelu", 0.04, 10),
+    **{
+        f"{norm.__name__} {d} of {bits} bits to {dtype}": _norm(norm, d, bits, dtype, step, zero)
+        for norm in (ILayerNorm, IRmsNorm)
+        for d, bits, dtype, step, zero in (
+            (1, 32, "uint8", 8 / 255, 120),
+            (64, 16, "uint8", 8 / 255, 120),
+            (64, 32, "int16", 2.0**-12, 0),
+            (600, 16, "int32", 2.0**-11, 0),
+        )
+    },
     **{f"TableExp {s:g}": _scored(TableExp(s)) for s in (2.0**-26, 1e-6, 2.0**-14, 3e-4, 0.05, 0.11, 1.0)},
     **{f"TableExp masked {s:g}": _scored(TableExp(s, masked=True)) for s in (1e-6, 3e-4, 0.11)},
+    **{f"TableExp masked near {s:g}": _scored(TableExp(s, masked=True, bound=2**28)) for s in (2.0**-24, 1e-6, 3e-4, 0.11)},
 }
-
-
-def model_of(kernel: Kernel, inputs: Sequence[Array]) -> ModelProto:
-    """A model that is one call of the kernel: inputs of any size, the kernel's constants as initializers."""
-    names = [f"in{i}" for i in range(len(inputs))]
-    constants = kernel.constants()
-    given = [
-        helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(value.dtype), [None] * value.ndim)
-        for name, value in zip(names, inputs, strict=True)
-    ]
-    kind = kernel.reference(*(value[:1] for value in inputs)).dtype
-    rank = max(value.ndim for value in inputs)
-    made = helper.make_tensor_value_info("y", helper.np_dtype_to_tensor_dtype(kind), [None] * rank)
-    graph = helper.make_graph(
-        [kernel.node(names, ["y"])], "kernel", given, [made], [onnx.numpy_helper.from_array(v, k) for k, v in constants.items()]
-    )
-    function = kernel.lower()
-    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(function.domain, 1)]
-    return helper.make_model(graph, opset_imports=opsets, functions=[function], ir_version=10)
-
-
-def feeds_of(inputs: Sequence[Array]) -> dict[str, Array]:
-    """The inputs by the names that `model_of` gives them."""
-    return {f"in{i}": value for i, value in enumerate(inputs)}
-
-
-class GatherElements(OpRun):
-    """onnx's own evaluator gives up beyond 32 entries."""
-
-    op_domain = ""
-
-    def _run(self, data: Array, indices: Array, axis: int | None = None) -> tuple[Array]:
-        return (np.take_along_axis(data, indices, axis=0 if axis is None else axis),)
-
-
-def evaluate(model: ModelProto, inputs: Sequence[Array]) -> Array:
-    """The output by onnx's reference evaluator; look-ups are written out first, as functions do not see `new_ops`."""
-    if any(node.op_type == "GatherElements" for node in model.functions[0].node):
-        model = inliner.inline_local_functions(model)
-    result = ReferenceEvaluator(model, new_ops=None if model.functions else [GatherElements]).run(None, feeds_of(inputs))
-    return np.asarray(result[0])

@@ -7,14 +7,23 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx
+import pytest
 from onnx import ModelProto
 
-from qcompile.context import Context
+from qcompile.context import Context, Settings
 from qcompile.graph import Array, Graph
 from qcompile.rewrite import Close, Exact, Pass, Report
 from qcompile.runtime import Optimisation, Session
 
 HEADER = '<ir_version: 10, opset_import: ["" : {opset}]>\n'
+
+
+#: What of a Context keeps passes from deciding by measured errors.
+UNMEASURED = [
+    pytest.param({"synthetic": True}, id="synthetic"),
+    pytest.param({"settings": Settings(effort="fast")}, id="fast"),
+    pytest.param({"samples": []}, id="no samples"),
+]
 
 
 def parse(text: str, opset: int = 21, **constants: Array) -> ModelProto:

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from kernel_cases import grudging_rows
+from kernel_cases import norm_rows as rows
 from kernel_models import assert_lowered_equals_reference, assert_other_evaluators_agree, element_types, widest_int32
 from onnx import TensorProto
 from runtime_marks import needs_empty_products
 
-from qcompile.kernels._protocol import Array
 from qcompile.kernels.ilayernorm import ILayerNorm, IRmsNorm, _Norm
 
 NORMS = [ILayerNorm, IRmsNorm]
@@ -35,38 +36,6 @@ def made(norm: type[_Norm], d: int, output: tuple[str, float, int] = OUTPUTS[0],
     dtype, step, zero = output
     values = {"scale": 1e-3, "epsilon": 1e-5, "input_bits": bits, **more}
     return norm(gamma=tuple(gamma), beta=tuple(rng.normal(0, 0.5, d)), y_scale=step, y_zero_point=zero, dtype=dtype, **values)
-
-
-def rows(d: int, bits: int, count: int = 150) -> Array:
-    """Rows of every size and offset, one outlier, constant, ends against ends, and neighbours at the lowest value."""
-    rng = np.random.default_rng(bits)
-    low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
-    size = 10.0 ** rng.uniform(0, bits * 0.3, (count, 1))
-    outlier = np.zeros((24, d), np.int64)
-    outlier[np.arange(24), rng.integers(0, d, 24)] = [(-1) ** i * min(high, 5 ** (i % 14)) for i in range(24)]
-    constant = np.repeat([[0], [1], [low], [high]], d, 1)
-    one_high = np.full((2, d), low)
-    one_high[:, 0] = (high, low + 1)
-    parts = [
-        rng.integers(low, high, (count, d), endpoint=True) >> rng.integers(0, bits, (count, 1)),
-        rng.normal(0, 1, (count, d)) * size + rng.integers(low, high, (count, 1)) * (rng.random((count, 1)) < 0.5),
-        outlier,
-        constant,
-        one_high,
-        np.where(rng.random((6, d)) < 0.5, low, high),
-        low + (rng.random((6, d)) < 0.3),
-        rng.normal(0, high / 6, (count, d)),
-    ]
-    whole = np.concatenate([np.rint(p).astype(np.float64).clip(low, high).astype(np.int64) for p in parts])
-    return whole.astype(np.int32)
-
-
-def grudging_rows(d: int) -> Array:
-    """One value of 2^20, the others +-m: the rounding of all of them errs the same way for some m, and moves sigma most."""
-    m = np.linspace(2**20 / d, 2**20 / np.sqrt(d) * 2, 400).astype(np.int64)
-    row = np.where(np.arange(d) % 2 == 1, 1, -1) * m[:, None]
-    row[:, 0] = 2**20
-    return row.astype(np.int32)
 
 
 @pytest.mark.parametrize("norm", NORMS)

@@ -9,31 +9,14 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from kernel_cases import roots as numbers
 from kernel_models import assert_lowered_equals_reference, assert_other_evaluators_agree, element_types
 from onnx import TensorProto
 from runtime_marks import needs_empty_products
 
-from qcompile.kernels._protocol import Array
 from qcompile.kernels.isqrt import STEPS, ISqrt, integer_root, start
 
 WIDTHS = pytest.mark.parametrize("wide", [False, True], ids=["int32", "int64"])
-
-
-def numbers(wide: bool) -> Array:
-    """All small ones, 2^k and squares with their neighbours, the largest, and 10^5 random ones of every size."""
-    bits = 63 if wide else 31
-    top = 2**bits - 1
-    rng = np.random.default_rng(0)
-    roots = rng.integers(1, isqrt(top), 20_000, endpoint=True)
-    parts = [
-        np.arange(66_000),
-        [min(2**k + d, top) for k in range(2, bits + 1) for d in (-2, -1, 0, 1, 2)],
-        roots**2,
-        roots**2 - 1,
-        rng.integers(0, top, 100_000, endpoint=True) >> rng.integers(0, bits, 100_000),
-        [isqrt(top) ** 2, isqrt(top) ** 2 - 1, top],
-    ]
-    return np.concatenate([np.asarray(p, np.int64) for p in parts]).astype(np.int64 if wide else np.int32)
 
 
 @WIDTHS

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from kernel_models import assert_lowered_equals_reference, assert_other_evaluators_agree, element_types
 from onnx import TensorProto, helper
@@ -128,17 +128,25 @@ def test_reference_is_half_to_even_at_ties(b: int, c: int, k: int, kind: tuple[s
 
 
 @given(st.integers(1, MOST), st.integers(0, 31), st.sampled_from([t for t, _ in TYPES]))
+@example(MOST, 22, "uint8")
+@example(MOST, 0, "int16")
+@example(1, 14, "int16")
 def test_bounds_of_the_written_form_hold_for_every_multiplier(b: int, c: int, dtype: str) -> None:
     """What the lowering computes, at its largest, in Python's integers."""
     kernel = DyadicRescale((b,), (c,), 0, dtype)
     made = {name: int(value) for name, value in kernel.constants().items()}
-    reach = 2 ** reach_of(dtype)
-    assert made["c"] >= 1 and made["limit"] * made["b"] < reach * 2 ** made["c"] + made["b"]
-    assert made["limit"] == 2**31 or made["limit"] * made["b"] >= reach * 2 ** made["c"]
-    if kernel.name == "DyadicRescale":
-        k = made["raise"] >> made["c"]
-        assert k % 2 == 0 and made["raise"] - made["limit"] * made["b"] >= 0 and made["limit"] < 2**31
-        assert made["limit"] * made["b"] < 2**31 and made["raise"] + made["limit"] * made["b"] + 2 ** (made["c"] - 1) < 2**32
+    b, c = made["b"], made["c"]
+    end = 2 ** reach_of(dtype) << c
+    direct = kernel.name == "DyadicRescale"
+    limit = -(-end // b) if direct else made["limit"]
+    assert c >= 1 and limit * b < end + b
+    assert limit == 2**31 or limit * b >= end
+    if direct:
+        assert end <= 2**30 and b <= end and limit < 2**31
+        assert end + b - 1 < 2**31 and limit * b < 2**31
+        lift = 2 * end
+        assert lift >> c == 2 ** (reach_of(dtype) + 1) and lift - limit * b >= 0
+        assert lift + limit * b + 2 ** (c - 1) - 1 + 1 < 2**32
 
 
 def test_reference_is_within_half_a_step_of_the_oracle() -> None:
@@ -165,7 +173,7 @@ def test_thirty_two_bits_alone() -> None:
         ({"b": (2**24,)}, r"b 1.67772e\+07 is outside"),
         ({"c": (32,)}, "c 32 is outside"),
         ({"c": (-1,)}, "c -1 is outside"),
-        ({"b": (1, 2)}, "2 numerators and 1 shifts"),
+        ({"b": (1, 2), "c": (1, 1, 1)}, "2 numerators and 3 shifts"),
         ({"b": (), "c": ()}, "0 numerators"),
         ({"dtype": "float32"}, "output type 'float32'"),
         ({"zero_point": 256}, "zero point 256 is outside"),

@@ -53,16 +53,16 @@ def test_many_steps_reach_scipys_minimum(strength: float) -> None:
 
     start = np.concatenate([weight.reshape(-1), bias.reshape(-1)])
     best = minimize(penalised, start, method="L-BFGS-B", options={"maxiter": 2000, "ftol": 1e-14, "gtol": 1e-10})
-    v, b = _Solver(rows, weight, strength).run(weight, bias, 400)
+    v, b = _Solver(rows, weight).run(strength, weight, bias, 400)
     assert penalised(np.concatenate([v.reshape(-1), b.reshape(-1)])) == pytest.approx(best.fun, rel=1e-4)
 
 
 def test_no_step_raises_the_objective() -> None:
     rows, weight, bias = problem(3)
-    solver = _Solver(rows, weight, 1e-9)
+    solver = _Solver(rows, weight)
     before = rows.loss(weight, bias)
     for _ in range(10):
-        weight, bias = solver.run(weight, bias, 1)
+        weight, bias = solver.run(1e-9, weight, bias, 1)
         now = rows.loss(weight, bias)
         assert now <= before * (1 + 1e-6)
         before = now

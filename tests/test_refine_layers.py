@@ -193,13 +193,37 @@ def test_poor_calibration_works_at_four_bits(case: str, effort: str) -> None:
         assert (scale > 0).all()
 
 
+def half_dead(seed: int, width: int = 16) -> ModelProto:
+    """Gemms whose negative biases leave most outputs at 0 behind the Relu: errors there are free, which `best` alone knows."""
+    draw = np.random.default_rng(seed)
+    weights = {
+        f"w{i}": (draw.normal(size=(rows, columns)) / np.sqrt(rows)).astype(np.float32)
+        for i, (rows, columns) in enumerate([(12, width), (width, width), (width, width), (width, 6)])
+    }
+    text = """g (float[1, 12] x) => (float[n, 6] y) {
+        a = Gemm(x, w0)  r = Relu(a)  b = Gemm(r, w1, b1)  s = Relu(b)  c = Gemm(s, w2, b2)  t = Relu(c)  y = Gemm(t, w3) }"""
+    return model(text, b1=np.full(width, -0.5, np.float32), b2=np.full(width, -0.25, np.float32), **weights)
+
+
 def test_best_effort_gains_over_default_which_gains_over_fast() -> None:
     floats_, reached = float_outputs(source(), FEEDS), {}
-    for effort in ("fast", "default", "best"):
+    for effort in ("fast", "default"):
         graph, _, _ = run_core(source(), FEEDS, bits=4, effort=effort)
         reached[effort] = sqnr(floats_, outputs(graph, FEEDS, fuse=True))
     assert reached["default"] > reached["fast"] + 2
-    assert reached["best"] > reached["default"] - 0.5
+    gains = []
+    for seed in range(4):
+        draw = np.random.default_rng(100 + seed)
+        feeds = [{"x": 1.5 * draw.normal(size=(1, 12)).astype(np.float32)} for _ in range(300)]
+        known, fresh = feeds[:150], feeds[150:]
+        made = half_dead(seed)
+        floats_ = float_outputs(made, fresh)
+        default, best = (
+            sqnr(floats_, outputs(run_core(made, known, bits=4, effort=effort)[0], fresh, fuse=True))
+            for effort in ("default", "best")
+        )
+        gains.append(best - default)
+    assert np.mean(gains) > 0.6, gains  # dB on samples that were not seen; one seed alone may gain nothing
 
 
 def test_scales_that_moved_stay_dyadic_and_carry_their_bias() -> None:

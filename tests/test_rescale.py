@@ -15,7 +15,9 @@ from onnx import ModelProto, TensorProto, helper
 
 from qcompile.dyadic import linear_multiplier
 from qcompile.graph import Array, Graph, Value
-from qcompile.passes._rescale import body, common_shift, dyadic_rescale, ratio_rescale
+from qcompile.kernels import DyadicRescale, RatioRescale
+from qcompile.kernels._protocol import Kernel
+from qcompile.passes._rescale import common_shift, dyadic_rescale, ratio_rescale
 from qcompile.passes.lower_integer import shadow
 from qcompile.runtime import Optimisation, Session
 
@@ -26,17 +28,18 @@ EXTREMES = [-(2**31), -(2**31) + 1, -(2**30), -1, 0, 1, 2**30, 2**31 - 1]
 def sessions(kind: str, elem_type: int) -> tuple[Session, Session]:
     """A call with everything fed at run time: optimisation off, and on."""
     kinds = {"DyadicRescale": TensorProto.UINT32, "RatioRescale": TensorProto.INT32}
-    low, high = (0, 255) if elem_type == TensorProto.UINT8 else (-128, 127)
-    call = helper.make_node(kind, ["x", "b", "c", "zero"], ["y"], domain="qcompile", to=elem_type, low=low, high=high)
+    dtype = "uint8" if elem_type == TensorProto.UINT8 else "int8"
+    kernel: Kernel = DyadicRescale((1,), (1,), 0, dtype) if kind == "DyadicRescale" else RatioRescale(1, 1, 0, dtype)
+    call = kernel.node(["x"], ["y"], constants=["b", "c", "zero"])
     inputs = [
         helper.make_tensor_value_info("x", TensorProto.INT32, ["n", "m"]),
-        helper.make_tensor_value_info("b", TensorProto.INT32, ["n", 1]),
+        helper.make_tensor_value_info("b", TensorProto.INT32, ["n", 1] if kind == "DyadicRescale" else []),
         helper.make_tensor_value_info("c", kinds[kind], []),
         helper.make_tensor_value_info("zero", TensorProto.INT32, []),
     ]
     graph = helper.make_graph([call], "g", inputs, [helper.make_tensor_value_info("y", elem_type, ["n", "m"])])
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("qcompile", 1)]
-    model = helper.make_model(graph, opset_imports=opsets, functions=[body(kind, 21)], ir_version=10)
+    model = helper.make_model(graph, opset_imports=opsets, functions=[kernel.lower()], ir_version=10)
     onnx.checker.check_model(model, full_check=True)
     return Session(model, optimisation=Optimisation.OFF), Session(model)
 
@@ -89,7 +92,7 @@ def test_ratio_rescale_is_the_fraction(data: st.DataObject, half_q: int, unsigne
     reach = 300 * q // p + 2
     x = np.asarray([[*EXTREMES, *data.draw(st.lists(st.integers(-reach, reach), min_size=40, max_size=40))]], np.int32)
     expected = [[min(max(half_even(Fraction(int(v) * p, q)) + zero, low), high) for v in x[0]]]
-    feeds = {"x": x, "b": np.asarray([[p]], np.int32), "c": np.asarray(q, np.int32), "zero": np.asarray(zero, np.int32)}
+    feeds = {"x": x, "b": np.asarray(p, np.int32), "c": np.asarray(q, np.int32), "zero": np.asarray(zero, np.int32)}
     for session in sessions("RatioRescale", TensorProto.UINT8 if unsigned else TensorProto.INT8):
         np.testing.assert_array_equal(session.run(feeds)["y"].astype(np.int64), expected)
 
@@ -142,8 +145,9 @@ def test_the_call_holds_its_body_and_its_source(kind: str, unsigned: bool) -> No
         (np.asarray([0.5, 0.75, 2.0**-16], np.float32), [1 << 15, 3 << 14, 1], 16),
         (np.asarray([1000.0, 2.0**-4], np.float32), [256 << 4, 1], 4),  # beyond 256 every accumulator saturates
         (np.float32(2**23), 512, 1),
+        (np.asarray([1000.0, 2.0**-16], np.float32), [2**24 - 1, 1], 16),  # 256 less 2^-16: 255.99998 rounds to 256 as well
     ],
-    ids=["half", "whole", "channels", "capped", "capped_alone"],
+    ids=["half", "whole", "channels", "capped", "capped_alone", "capped_finest"],
 )
 def test_one_shift_for_all_channels(multiplier: Array, b: object, c: int) -> None:
     got_b, got_c = common_shift(np.asarray(multiplier))

@@ -1,0 +1,53 @@
+"""Calls of integer kernels in a graph: the model-local function, its constants, and one node that says whose arithmetic it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from onnx import NodeProto, TensorProto, helper
+
+from qcompile.graph import Graph, Node, Tensor, Value
+from qcompile.kernels._protocol import DOMAIN, Kernel
+
+_LOCAL_FUNCTIONS = 8  # the first IR version with them
+
+
+def kernel_call(
+    graph: Graph,
+    kernel: Kernel,
+    inputs: list[Tensor],
+    result: Value,
+    name: str,
+    notes: Mapping[str, str] | None = None,
+) -> Node:
+    """Append `result = kernel(inputs)`. name: what its constants are called after; notes: the node's metadata."""
+    declare_kernel(graph, kernel)
+    constants = [graph.constant(f"{name}_{role}", values) for role, values in kernel.constants().items()]
+    attributes: dict[str, Any] = dict(kernel.attributes())
+    node = graph.node(kernel.name, [*inputs, *constants], [result], domain=DOMAIN, **attributes)
+    node.name = ""  # the metadata say whose arithmetic it is
+    node.source = NodeProto()
+    for key, value in {"source": name, **(notes or {})}.items():
+        node.source.metadata_props.add(key=f"qcompile.{key}", value=value)
+    return node
+
+
+def declare_kernel(graph: Graph, kernel: Kernel) -> None:
+    """Let the model hold the kernel's function; once however often it is called."""
+    if any(f.name == kernel.name and f.domain == DOMAIN for f in graph.shell.functions):
+        return
+    proto = kernel.lower()
+    for entry in proto.opset_import:
+        if entry.domain == "":
+            entry.version = max(kernel.least_opset, graph.opset() or entry.version)
+        else:
+            graph.require_opset(entry.domain, entry.version)
+    proto.doc_string = proto.doc_string or kernel.source
+    graph.shell.functions.append(proto)
+    graph.shell.ir_version = max(graph.shell.ir_version, _LOCAL_FUNCTIONS)
+
+
+def int32_like(graph: Graph, base: str, like: Tensor) -> Value:
+    """A new int32 tensor named after `base`, of the shape of `like`."""
+    return Value(graph.fresh_name(base), helper.make_tensor_type_proto(TensorProto.INT32, like.dims))

@@ -1,0 +1,118 @@
+"""Softmax and attention's two products in integers.
+
+scores = q k        u8 x u8 -> int32, the factor 1/sqrt(d) and the mask go into the exponential
+e = exp(scores)     u8, 255 at the maximum of a row, exactly 0 where masked
+context = e v       int32, divided by the sum of e: the probabilities themselves are never rounded
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from onnx import TensorProto, helper
+
+from qcompile.graph import Node, Tensor, Value
+from qcompile.kernels.inormalise import INormalise
+from qcompile.kernels.isoftmax import IExp, ISoftmax
+from qcompile.kernels.table_exp import TableExp
+from qcompile.passes._integer_sums import plumb
+from qcompile.passes._kernel_call import kernel_call
+from qcompile.passes._masks import Conditions, read_softmax
+from qcompile.passes._wide import INT32_MAX, Exponentials, Narrow, Refusal, Wide, Wides
+
+_LARGEST = 255
+_USUAL = 512  # keys; longer rows are divided first
+_LONGEST = 4096  # keys of a Softmax that is a result
+
+
+def softmax(wides: Wides, node: Node) -> None:
+    """Exponentials where only products with V read it, else probabilities in 8 bits."""
+    output, graph, settings = node.outputs[0], wides.graph, wides.context.settings
+    if graph.is_output(output) and settings.format == "qoperator":
+        raise Refusal("a head kept float")
+    found = read_softmax(graph, node)
+    if isinstance(found, str):
+        raise Refusal(found)
+    scores = wides.read(found.scores)
+    keys = output.dims[-1] if output.dims else None
+    longest = keys if isinstance(keys, int) else None
+    inputs: list[Tensor] = [scores.integers]
+    if found.keep is not None:
+        inputs.append(Conditions(graph).tensor(found.keep))
+    name, scale, masked = output.name, scores.scale * found.factor, found.keep is not None
+    result = Value(graph.fresh_name(name + "_u8"), helper.make_tensor_type_proto(TensorProto.UINT8, output.dims))
+    try:
+        if not graph.is_pinned(output) and all(n.op == "MatMul" and n.inputs[0] is output for n in output.consumers):
+            made = TableExp(scale, masked, scores.bound) if settings.kernels == "table" else IExp(scale, masked)
+            kernel_call(graph, made, inputs, result, name)
+            wides.exponentials[output] = Exponentials(result, longest)
+            return
+        if longest is None or longest > _LONGEST:
+            raise Refusal("a Softmax that is no part of attention, over a row of unknown or too great a length")
+        kernel = ISoftmax(scale, masked, longest)
+    except ValueError as error:
+        raise Refusal(f"outside the kernel's domain ({error})") from error
+    kernel_call(graph, kernel, inputs, result, name)
+    wide = wides.value(name + "_wide", output)
+    plumb(graph, "Cast", [result], wide, to=TensorProto.INT32)
+    wides.set(node, Wide(wide, kernel.output_scale, 255))
+
+
+def product(wides: Wides, node: Node) -> None:
+    """MatMul of two 8-bit tensors, or of exponentials and V."""
+    left, right = node.inputs
+    v = wides.narrow(right)
+    if v is None:
+        raise Refusal("an operand is float")
+    exponentials = wides.exponentials.get(left)
+    if exponentials is not None:
+        _context(wides, node, exponentials, v)
+        return
+    q = wides.narrow(left)
+    if q is None:
+        raise Refusal("an operand is float")
+    inner = left.dims[-1] if left.dims else None
+    if not isinstance(inner, int) or inner * _LARGEST**2 > INT32_MAX:
+        raise Refusal("its inner dimension is unknown, so that its sum could leave int32")
+    acc = _multiplied(wides, q.integers, q, v, node.outputs[0])
+    wides.set(node, Wide(acc, float(q.scale) * float(v.scale), inner * _LARGEST**2))
+
+
+def _multiplied(wides: Wides, left: Tensor, q: Narrow | None, v: Narrow, output: Value) -> Value:
+    """MatMulInteger; `q` None for exponentials, whose zero point is 0."""
+    result = wides.value(output.name + "_acc", output)
+    zeros = [_zero(wides, output.name, o) for o in (q, v)]
+    plumb(wides.graph, "MatMulInteger", [left, v.integers, *zeros], result)
+    return result
+
+
+def _zero(wides: Wides, name: str, operand: Narrow | None) -> Tensor:
+    if operand is None or operand.zero_point == 0:
+        return Value("")
+    dtype = np.int8 if operand.signed else np.uint8
+    return wides.graph.constant(name + "_zero", np.asarray(operand.zero_point, dtype))
+
+
+def _context(wides: Wides, node: Node, e: Exponentials, v: Narrow) -> None:
+    output, graph = node.outputs[0], wides.graph
+    acc = _multiplied(wides, e.integers, None, v, output)
+    total = Value(graph.fresh_name(output.name + "_total"), helper.make_tensor_type_proto(TensorProto.INT32, None))
+    plumb(graph, "MatMulInteger", [e.integers, _ones(wides, node.inputs[1], output.name)], total)
+    short = e.longest is not None and e.longest <= _USUAL
+    kernel = INormalise(float(v.scale), e.longest if short and e.longest is not None else _USUAL, any_length=not short)
+    result = wides.value(output.name + "_context", output)
+    kernel_call(graph, kernel, [acc, total], result, output.name)
+    wides.set(node, Wide(result, kernel.output_scale, _LARGEST * kernel.multiplier + 1))
+
+
+def _ones(wides: Wides, values: Tensor, name: str) -> Tensor:
+    """A column of s8 ones, as long as V [.., keys, d] is high. With u8 ones MatMulInteger takes twice as long."""
+    graph, keys = wides.graph, values.dims[-2] if values.dims else None
+    if isinstance(keys, int):
+        return graph.constant(name + "_ones", np.ones((keys, 1), np.int8))
+    narrow = wides.narrow(values)
+    assert narrow is not None
+    length = graph.node("Shape", [narrow.integers], [name + "_keys"], start=-2, end=-1).outputs[0]
+    one = graph.constant(name + "_single", np.asarray([1], np.int64))
+    shape = graph.node("Concat", [length, one], [name + "_column"], axis=0).outputs[0]
+    fill = helper.make_tensor("value", TensorProto.INT8, [1], [1])
+    return graph.node("ConstantOfShape", [shape], [name + "_ones"], value=fill).outputs[0]

@@ -1,0 +1,106 @@
+"""LayerNormalization and RMSNorm of wide integers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import ceil, frexp, log2, sqrt
+
+import numpy as np
+
+from qcompile.graph import Array, Node, Tensor, Value
+from qcompile.kernels.ilayernorm import ILayerNorm, IRmsNorm
+from qcompile.kernels.lean_norm import ILayerNormLean, IRmsNormLean
+from qcompile.passes._kernel_call import kernel_call
+from qcompile.passes._wide import INT32_MAX, Refusal, Wide, Wides
+from qcompile.passes._wide_sums import MOVES
+
+_FINER = 32  # steps of the stream in one step of the 8 bits that are read from it: 13 bits
+_MOST_GAIN = 2.0**13
+
+
+def layer_norm(wides: Wides, node: Node) -> None:
+    """LayerNormalization and RMSNormalization as operators."""
+    dims, axis = node.inputs[0].dims, node.attr("axis", -1)
+    if dims is None or axis not in (-1, len(dims) - 1):
+        raise Refusal("it normalises over more than the last axis")
+    gamma, beta = node.constant(1), node.constant(2)
+    if gamma is None or (node.input(2) is not None and beta is None):
+        raise Refusal("its scale or bias is computed at run time")
+    kernel = ILayerNorm if node.op == "LayerNormalization" else IRmsNorm
+    epsilon = float(node.attr("epsilon", 1e-5))
+    normalise(wides, node.inputs[0], node.outputs[0], gamma.array(), None if beta is None else beta.array(), epsilon, kernel)
+
+
+def normalise(
+    wides: Wides,
+    source: Tensor,
+    output: Value,
+    gamma: Array,
+    beta: Array | None,
+    epsilon: float,
+    kernel: type[ILayerNorm] | type[IRmsNorm],
+) -> None:
+    """One kernel call. Read by one QuantizeLinear alone: straight to 8 bits; else in a step that the next sum can take."""
+    name, wide = output.name, wides.read(source)
+    factors = gamma.astype(np.float64).reshape(-1)
+    offsets = np.zeros_like(factors) if beta is None else beta.astype(np.float64).reshape(-1)
+    options = {
+        "scale": wide.scale,
+        "gamma": tuple(factors),
+        "beta": tuple(offsets) if offsets.any() else (),
+        "epsilon": epsilon,
+        "input_bits": min(32, wide.bound.bit_length() + 1),
+    }
+    quantisers = [n for n in output.consumers if n.op == "QuantizeLinear"]
+    if quantisers and len(output.consumers) == 1 and not wides.graph.is_pinned(output):
+        y = wides.written(quantisers[0])
+        kind = "int8" if y.signed else "uint8"
+        made = _make(kernel, {**options, "y_scale": float(y.scale), "y_zero_point": y.zero_point, "dtype": kind})
+        wides.graph.remove(quantisers[0])
+        assert isinstance(y.integers, Value)
+        kernel_call(wides.graph, made, [wide.integers], y.integers, name)
+        return
+    step = _step(wides, output, float(np.abs(factors).max(initial=0.0)))
+    made = _make(kernel, {**options, "y_scale": step, "dtype": "int32"})
+    reach = sqrt(factors.size) * float(np.abs(factors).max(initial=0.0)) + float(np.abs(offsets).max(initial=0.0))
+    bound = ceil(reach / step * (1 + 1e-6)) + 2 + ceil(made.tolerance / step)
+    if bound > INT32_MAX:
+        raise Refusal("its result needs more than 32 bits")
+    result = wides.value(name + "_normalised", output)
+    kernel_call(wides.graph, made, [wide.integers], result, name)
+    wides.of[output] = Wide(result, step, bound)
+
+
+def _make(kernel: type[ILayerNorm] | type[IRmsNorm], options: dict[str, object]) -> ILayerNorm | IRmsNorm:
+    """The lean form; where the row is outside its domain, the one for any row."""
+    reason = ""
+    for form in (ILayerNormLean if kernel is ILayerNorm else IRmsNormLean, kernel):
+        try:
+            return form(**options)  # type: ignore[arg-type]
+        except ValueError as error:
+            reason = str(error)
+    raise Refusal(f"outside the kernel's domain ({reason})")
+
+
+def _step(wides: Wides, output: Value, gain: float) -> float:
+    """A power of two times the unit of the sum that reads it, near 1/32 of the finest 8-bit step, gamma within 2^13 steps."""
+    wanted = max(min(_read_steps(wides, output), default=gain / 64) / _FINER, gain / _MOST_GAIN)
+    unit = wides.unit(output)
+    if unit is None:
+        return 2.0 ** (frexp(wanted)[1] - 1)
+    return float(unit) * 2.0 ** max(0, round(log2(wanted / unit)))
+
+
+def _read_steps(wides: Wides, tensor: Value) -> Iterator[float]:
+    """The 8-bit steps that `tensor` is quantised to, through movement and factors a channel."""
+    for reader in tensor.consumers:
+        if reader.op == "QuantizeLinear":
+            yield float(wides.written(reader).scale)
+        elif reader.op == "Mul" and len(reader.outputs[0].consumers) == 1:
+            factor = reader.constant(1) if reader.inputs[0] is tensor else reader.constant(0)
+            peak = 0.0 if factor is None else float(np.abs(factor.array()).max(initial=0.0))
+            if peak > 0:
+                yield from (step / peak for step in _read_steps(wides, reader.outputs[0]))
+        elif reader.op in MOVES:
+            for moved in reader.outputs:
+                yield from _read_steps(wides, moved)

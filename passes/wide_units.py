@@ -1,0 +1,91 @@
+r"""What one step of every wide sum is worth, in formats with integer kernels: chosen before weights are rounded.
+
+    residual = acc * b[channel] + residual',      Sx * Sw[channel] = b[channel] * u,   b a small whole number
+
+so that a Gemm enters the residual stream without any rounding (and the weights' scales are multiples of u / Sx: they are chosen
+for it). u is the finest step for which no operand can leave 2^29 steps, whatever the input: of a Gemm that is
+255 Sx sum |W| + |bias|, of a LayerNormalization sqrt(d) max |gamma| + max |beta|, of a table its largest entry.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import frexp, sqrt
+
+import numpy as np
+
+from qcompile.context import Context
+from qcompile.graph import Const, Graph, Node, Value
+from qcompile.passes._match import is_op
+from qcompile.passes._wide_sums import NORMS, WideSum, wide_sums
+from qcompile.plan import LinearSite
+from qcompile.rewrite import Exact, Promise, Report
+
+_OPERAND_BITS = 29
+
+
+@dataclass(frozen=True)
+class WideUnits:
+    """Sets `plan.units` and the `unit` of linear sites that end in a wide sum. The graph is not changed."""
+
+    name: str = "wide_units"
+    keeps: Promise = field(default_factory=Exact)
+
+    def run(self, graph: Graph, context: Context) -> Report:
+        """No rewrites."""
+        plan = context.plan
+        if plan is None or plan.units or not context.settings.integer_kernels:
+            return Report()
+        graph.infer_shapes()
+        sites = {site.node: site for site in plan.linears}
+        for found in wide_sums(graph):
+            unit = _unit(found, sites)
+            if unit is None:
+                continue
+            plan.units.update((t.name, float(unit)) for t in found.tensors)
+            for node in found.sources:
+                if node in sites and sites[node].result is None:
+                    sites[node].unit = unit
+        return Report()
+
+
+def _unit(found: WideSum, sites: dict[Node, LinearSite]) -> np.float32 | None:
+    """The step of one sum, a power of two times a few bits; None where nothing in it is known (a sum of unknown tensors)."""
+    reach = [largest(node, sites) for node in found.sources]
+    reach += [float(np.abs(c.array()).max(initial=0.0)) for c in found.constants]
+    known: list[float] = [r for r in reach if r is not None and r > 0]
+    if not known:
+        return None
+    # A power of two: the steps of LayerNormalization and of tables then divide it without remainder.
+    unit: np.float32 = np.float32(2.0 ** (frexp(max(known))[1] - _OPERAND_BITS))
+    return unit
+
+
+def largest(node: Node, sites: dict[Node, LinearSite]) -> float | None:
+    """The largest magnitude that `node` can make, for any input; None where that is not known."""
+    if node in sites:
+        site = sites[node]
+        weight, bias = node.constant(1), node.constant(2)
+        if weight is None:
+            return None
+        sums = np.abs(weight.array()).sum(axis=tuple(a for a in range(len(weight.dims)) if a != site.axis), dtype=np.float64)
+        offset = 0.0 if bias is None else np.abs(bias.array().astype(np.float64))
+        return float((255.0 * float(site.source.scale) * sums + offset).max(initial=0.0))
+    if is_op(node, *NORMS):
+        return norm_reach(node)
+    table = node.constant(0) if is_op(node, "Gather") else None
+    return None if table is None else float(np.abs(table.array()).max(initial=0.0))
+
+
+def norm_reach(node: Node) -> float | None:
+    """sqrt(d) max |gamma| + max |beta|: no row gives more."""
+    gamma, beta = node.constant(1), node.constant(2)
+    if gamma is None or (node.input(2) is not None and beta is None):
+        return None
+    scale = float(np.abs(gamma.array()).max(initial=0.0)) * sqrt(_length(gamma))
+    return scale + (0.0 if beta is None else float(np.abs(beta.array()).max(initial=0.0)))
+
+
+def _length(gamma: Const | Value) -> int:
+    assert gamma.dims is not None
+    return int(np.prod([d for d in gamma.dims if isinstance(d, int)], dtype=np.int64))
