@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from qcompile.passes.calibrate import Calibrate
+from qcompile.passes.cancel_qdq import CancelQdq
 from qcompile.passes.compress_sparse import CompressSparse
 from qcompile.passes.correct_means import CorrectMeans
 from qcompile.passes.diagnose import Diagnose
@@ -17,6 +18,7 @@ from qcompile.passes.fuse_activation import FuseActivation
 from qcompile.passes.fuse_gelu import FuseGelu
 from qcompile.passes.fuse_layer_norm import FuseLayerNorm
 from qcompile.passes.fuse_linear import FuseLinear
+from qcompile.passes.import_qdq import ImportQdq
 from qcompile.passes.integer_bias import IntegerBias
 from qcompile.passes.integer_head import IntegerHead
 from qcompile.passes.linear_form import LinearForm
@@ -25,14 +27,17 @@ from qcompile.passes.lower_qoperator import LowerQOperator
 from qcompile.passes.lower_wide import LowerWide
 from qcompile.passes.pack_int4 import PackInt4
 from qcompile.passes.pad_channels import PadChannels
+from qcompile.passes.pair_channels import PairChannels
 from qcompile.passes.patch_to_gemm import PatchToGemm
 from qcompile.passes.pool_to_conv import PoolToConv
 from qcompile.passes.prune_channels import PruneChannels
 from qcompile.passes.quantise import Quantise
 from qcompile.passes.quantise_dynamic import QuantiseDynamic
 from qcompile.passes.quantise_embeddings import QuantiseEmbeddings
+from qcompile.passes.quantise_imported import QuantiseImported
 from qcompile.passes.record_bn import RecordBatchNorm
 from qcompile.passes.refine_layers import RefineLayers
+from qcompile.passes.round_imported import RoundImported
 from qcompile.passes.round_weights import RoundWeights
 from qcompile.passes.search_ranges import SearchRanges
 from qcompile.passes.simplify_shapes import SimplifyShapes
@@ -76,6 +81,7 @@ PASSES: tuple[Pass, ...] = (
     ExpectRanges(),
     Equalise(),
     Smooth(),
+    PairChannels(),
     Quantise(),
     QuantiseEmbeddings(),
     SearchRanges(),
@@ -108,12 +114,36 @@ _DYNAMIC: tuple[Pass, ...] = (
 )
 _WEIGHT_ONLY: tuple[Pass, ...] = (*(p for p in PASSES if isinstance(p, _CANONICAL)), Sparsify(), WeightOnlyInt4())
 _FLOAT: tuple[Pass, ...] = (*(p for p in PASSES if isinstance(p, _CANONICAL)), Sparsify(), CompressSparse())
+_IMPORTED: tuple[Pass, ...] = (
+    FoldConstants(),
+    ImportQdq(),
+    *(p for p in PASSES if isinstance(p, _CANONICAL) and not isinstance(p, PruneChannels)),
+    LinearForm(),
+    SinkReshapes(),
+    Eliminate(),
+    PoolToConv(),
+    QuantiseImported(),
+    QuantiseEmbeddings(),
+    DyadicScales(),
+    RoundImported(),
+    RoundWeights(),  # what a pass made: averages as convolutions
+    IntegerBias(),
+    CorrectMeans(),
+    CancelQdq(),
+    Diagnose(),
+    SumResiduals(),
+    LowerQOperator(),
+    IntegerHead(),
+    LowerInteger(),
+    PackInt4(),
+)
 _WITHOUT_DATA = (RecordBatchNorm, ExpectRanges, CorrectMeans)
 _WITH_DATA = (SearchRanges, RefineLayers)
 
 
 def passes_for(data: str = "real") -> tuple[Pass, ...]:
-    """The passes that a compilation runs, in order; `data`: real | synthetic | dynamic (none needed) | weight_only | float.
+    """The passes that a compilation runs, in order; `data`: real | synthetic | dynamic (none needed) | weight_only | float |
+    imported (none needed: the source holds the scales).
 
     weight_only and float (`--bits 32`: nothing is quantised) run with any data.
     """
@@ -121,6 +151,8 @@ def passes_for(data: str = "real") -> tuple[Pass, ...]:
         return _FLOAT
     if data == "weight_only":
         return _WEIGHT_ONLY
+    if data == "imported":
+        return _IMPORTED
     if data == "dynamic":
         return _DYNAMIC
     idle = _WITHOUT_DATA if data == "real" else _WITH_DATA

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from qcompile.context import FLOAT_BITS, ChannelPruning, Settings, WeightOnly
+from qcompile.context import FLOAT_BITS, Settings, WeightOnly
 from qcompile.criteria import CRITERIA
 from qcompile.errors import InputError
-from qcompile.sparsity import Pattern, parse_sparsity
+from qcompile.options_sparsity import check_float
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "format": ("qdq", "qoperator", "integer"),
@@ -24,8 +24,6 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 BLOCKS = (32, 64, 128)
 SPELLINGS = ("matmulnbits", "portable")
-PRUNE_CRITERIA = ("l1", "hrank", "second-order")
-PRUNE_BUDGETS = ("params", "macs", "latency")
 
 
 def check_settings(settings: Settings, max_drop: float | None, has_evaluation: bool, min_agreement: float | None = None) -> None:
@@ -33,7 +31,7 @@ def check_settings(settings: Settings, max_drop: float | None, has_evaluation: b
     if settings.bits not in (4, 8, FLOAT_BITS):
         raise InputError(f"--bits {settings.bits}: this version writes weights of 8 or 4 bits (32: float); use one of them")
     if settings.bits == FLOAT_BITS:
-        _check_float(settings)
+        check_float(settings)
     if settings.bits == 4 and settings.opset is not None and settings.opset < 21:
         raise InputError(f"--bits 4 --opset {settings.opset}: INT4 tensors need opset 21; leave --opset out")
     for name, offered in CHOICES.items():
@@ -69,77 +67,17 @@ def check_settings(settings: Settings, max_drop: float | None, has_evaluation: b
         raise InputError(f"--min-agreement {min_agreement:g}: give a share above 0 and at most 1, such as .99")
 
 
-def check_sparsity(settings: Settings, has_data: bool) -> None:
-    """Raise InputError for a sparsity that cannot be, or a criterion that looks at samples where there are none."""
-    _check_pruning(settings.pruning, has_data)
-    if settings.sparsity is None:
-        if settings.criterion != Settings.criterion:
-            raise InputError(f"--criterion {settings.criterion}: says which weights become zero; give --sparsity with it")
-        if settings.sparsity_scope != Settings.sparsity_scope:
-            raise InputError(f"--sparsity-scope {settings.sparsity_scope}: give --sparsity with it")
-        return
-    rule = parse_sparsity(settings.sparsity)
-    if isinstance(rule, Pattern) and settings.sparsity_scope != "layer":
-        raise InputError(
-            f"--sparsity {rule} --sparsity-scope {settings.sparsity_scope}: N:M is the same in every layer; leave it out"
-        )
-    if CRITERIA[settings.criterion].needs_data and not has_data:
-        raise InputError(
-            f"--sparsity {settings.sparsity} --criterion {settings.criterion}: judges weights by what they multiply; "
-            "give --data, or --criterion magnitude"
-        )
-
-
-def pruning_of(
-    ratio: float | None,
-    criterion: str | None,
-    budget: str | None,
-    multiple: int | None,
-    keep: tuple[str, ...],
-    refit: bool | None,
-) -> ChannelPruning | None:
-    """The options of `--prune-channels`, defaults filled in; None without it. Raises InputError where they cannot be."""
-    given = {"prune-criterion": criterion, "prune-budget": budget, "channel-multiple": multiple, "keep": keep or None}
-    first = next((name for name, value in given.items() if value is not None), None) or ("no-refit" if refit is False else None)
-    if ratio is None:
-        if first is not None:
-            raise InputError(f"--{first} is for channel pruning; give --prune-channels with it")
-        return None
-    usual = ChannelPruning(ratio)
-    if not 0 < ratio < 1:
-        raise InputError(f"--prune-channels {ratio:g}: give the share to remove, above 0 and below 1, such as 0.3")
-    if criterion is not None and criterion not in PRUNE_CRITERIA:
-        raise InputError(f"--prune-criterion {criterion}: choose one of {', '.join(PRUNE_CRITERIA)}")
-    if budget is not None and budget not in PRUNE_BUDGETS:
-        raise InputError(f"--prune-budget {budget}: choose one of {', '.join(PRUNE_BUDGETS)}")
-    if multiple is not None and multiple < 1:
-        raise InputError(f"--channel-multiple {multiple}: give a whole number of at least 1")
-    return ChannelPruning(
-        ratio,
-        usual.criterion if criterion is None else criterion,
-        usual.budget if budget is None else budget,
-        usual.multiple if multiple is None else multiple,
-        keep,
-        usual.refit if refit is None else refit,
-    )
-
-
-def _check_pruning(pruning: ChannelPruning | None, has_data: bool) -> None:
-    """Raise InputError where channels are judged or refitted by samples and there are none."""
-    if pruning is None or has_data or (pruning.criterion == "l1" and not pruning.refit):
-        return
-    what = "refitting" if pruning.criterion == "l1" else f"--prune-criterion {pruning.criterion}"
-    raise InputError(f"--prune-channels: {what} looks at samples; give --data, or --prune-criterion l1 --no-refit")
-
-
-def _check_float(settings: Settings) -> None:
-    """Raise InputError for what `--bits 32` does not go with: nothing is quantised."""
-    if settings.sparsity is None and settings.pruning is None:
-        raise InputError("--bits 32 writes a float model, and there is nothing to do to it; give --sparsity or --prune-channels")
-    for name in ("format", "inputs_as", "target"):
-        value, usual = getattr(settings, name), getattr(Settings, name)
-        if value != usual:
-            raise InputError(f"--bits 32 --{name.replace('_', '-')} {value}: nothing is quantised; leave --bits 32 or it out")
+def check_import(settings: Settings, quantised: bool, max_requant_loss: float | None) -> None:
+    """Raise InputError where options do not suit a source that already holds Q/DQ (`quantised`), or one that does not."""
+    if max_requant_loss is not None and not quantised:
+        raise InputError("--max-requant-loss is for models that already hold Q/DQ; for a float model use --max-drop")
+    if max_requant_loss is not None and not 0 <= max_requant_loss < float("inf"):
+        raise InputError(f"--max-requant-loss {max_requant_loss:g}: give decibels from 0 on, such as 35")
+    if quantised and settings.weight_only is not None:
+        raise InputError("--activations float: the model already holds Q/DQ; leave it out, or give the float model")
+    if quantised and (settings.sparsity is not None or settings.pruning is not None):
+        option = "--sparsity" if settings.sparsity is not None else "--prune-channels"
+        raise InputError(f"{option}: the model already holds Q/DQ, whose integers are kept; give the float model")
 
 
 def weight_only_of(

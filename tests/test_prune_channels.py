@@ -18,7 +18,7 @@ from qcompile.context import ChannelPruning
 from qcompile.errors import InputError, ModelError
 from qcompile.graph import Array, Graph
 from qcompile.layer_counts import count_layers, totals
-from qcompile.options import pruning_of
+from qcompile.options_sparsity import pruning_of
 from qcompile.passes._prune_budget import Costs, Fixed, groups_of, order
 from qcompile.passes._prune_rules import trace
 from qcompile.passes._prune_scores import l1
