@@ -128,10 +128,8 @@ def test_every_option_reaches_the_pipeline(command: Command, pipeline: FakePipel
     args += "--kernels ibert "
     args += "--activations float --block 64 --symmetric --spelling portable --accuracy-level 1 "
     args += "--sparsity 0.5 --criterion wanda --sparsity-scope global --sparse-storage dense "
-    args += (
-        "--prune-channels .3 --prune-criterion hrank --prune-budget latency --channel-multiple 4 "
+    args += "--prune-channels .3 --prune-criterion hrank --prune-budget latency --channel-multiple 4 "
     args += "--keep a --keep b* --no-refit "
-    )
     args += "--no-bias-correction --dump-passes dump --seed 3 --no-latency --quiet"
     report = tmp_path / "r.json"
     status, out, err = command("m.onnx", *args.split(), "--report", report)
