@@ -15,10 +15,12 @@ from qcompile import compile_model
 from qcompile.audit import audit
 from qcompile.cli import cli
 from qcompile.command_group import run as run_command
+from qcompile.context import Settings
 from qcompile.errors import InputError, ModelError
 from qcompile.graph import Array, Graph
 from qcompile.interpret import Interpreter
 from qcompile.layer_counts import count_layers, share_that_follows, totals
+from qcompile.passes.pair_channels import PairChannels
 from qcompile.passes.sparsify import Sparsify
 from qcompile.rewrite import Report
 from qcompile.runtime import Optimisation, Session
@@ -281,3 +283,20 @@ def test_inspect_says_which_layers_are_sparse(tmp_path: Path, capsys: pytest.Cap
     assert run_command(cli, ["inspect", str(path), "--require-sparsity", "0.5"]) == 2
     assert "--require-sparsity goes with --sparsity" in capsys.readouterr().err
     assert run_command(cli, ["inspect", str(path), "--sparsity", "5:4"]) == 2
+
+
+def test_models_that_hold_integers_already_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "int8.onnx"
+    compile_model(MODELS / "digits_cnn.onnx", path, data=DATA, latency=False, effort="fast")
+    for options in ({"sparsity": "2:4"}, {"prune_channels": 0.3}):
+        with pytest.raises(InputError, match=r"the model already holds Q/DQ, whose integers are kept; give the float model"):
+            compile_model(path, tmp_path / "again.onnx", data=DATA, latency=False, **options)  # type: ignore[arg-type]
+
+
+def test_channels_of_sparse_weights_keep_their_order() -> None:
+    assert Settings(sparsity="2:4").blocked
+    assert not Settings(sparsity="0.5").blocked
+    graph = Graph.from_proto(source())
+    context = core_context(FEEDS, sparsity="2:4")
+    report = PairChannels().run(graph, context)
+    assert (report.rewrites, dict(report.skipped)) == (0, {"N:M blocks of weights must stay together": 1})
