@@ -35,6 +35,7 @@ _FINE_TARGET, _COARSE_TARGET = -13, -12  # log2 of the largest scale after the c
 _SUM_BITS = 30
 _MAX_LONGEST = 4096
 _LEVELS_BITS = 8
+_WIDE_LEVELS_BITS = 14
 
 # z <= 31 and p in (-ln2, 0], so b + p in (0, b] and (b + p)^2 + c <= b^2 + c = the value at the maximum, which `_Polynomial`
 # checks to be below 2^31. z * ln2 <= distance < 2^31.
@@ -207,11 +208,13 @@ class ISoftmax(_OfScores):
     """Softmax over the last axis as u8 with scale 1/levels: e = value >> (z + guard), y = (e * levels + sum/2) div sum, half up.
 
     longest: keys a row has at most. e has as many bits as leave room for their sum and for e * levels: 22 up to 256 keys.
-    levels: 256 as onnxruntime's QLinearSoftmax wants it (a probability of 1 is 255/256), or 255.
+    levels: 256 as onnxruntime's QLinearSoftmax wants it (a probability of 1 is 255/256), or 255. wide: int32 with up to 2^14
+    levels instead, for probabilities that are a result.
     """
 
     longest: int = 512
     levels: int = 256
+    wide: bool = False
 
     source: ClassVar[str] = "I-BERT (2021), equations 10-13"
     domain: ClassVar[str] = "int32 scores, any; scale 2^-26..1; at most `longest` <= 4096 keys"
@@ -220,12 +223,13 @@ class ISoftmax(_OfScores):
     def __post_init__(self) -> None:
         super().__post_init__()
         within("i-Softmax: longest row", self.longest, 1, _MAX_LONGEST, "longer rows leave too few bits for each key")
-        within("i-Softmax: levels", self.levels, 1, 2**_LEVELS_BITS, "the output is u8")
+        most = 2 ** (_WIDE_LEVELS_BITS if self.wide else _LEVELS_BITS)
+        within("i-Softmax: levels", self.levels, 1, most, "the output is u8, or int32 where wide")
 
     @property
     def name(self) -> str:
-        """ISoftmax, IMaskedSoftmax, and the form."""
-        return self._name("Softmax")
+        """ISoftmax, IMaskedSoftmax, Wide where the output is, and the form."""
+        return self._name("SoftmaxWide" if self.wide else "Softmax")
 
     @property
     def output_scale(self) -> float:
@@ -240,7 +244,8 @@ class ISoftmax(_OfScores):
     @property
     def _bits(self) -> int:
         """Of e: longest * 2^bits <= 2^30, 2^bits * levels <= 2^30."""
-        return _SUM_BITS - max(_LEVELS_BITS, (self.longest - 1).bit_length())
+        levels = _WIDE_LEVELS_BITS if self.wide else _LEVELS_BITS
+        return _SUM_BITS - max(levels, (self.longest - 1).bit_length())
 
     @property
     def _guard(self) -> int:
@@ -263,11 +268,18 @@ class ISoftmax(_OfScores):
         value, z = self.polynomial.halved(distance(scores, keep, self._attributes(self._halvings)["limit"]))
         e = value >> (z + self._guard)
         total = np.maximum(e.sum(-1, keepdims=True), 1)
-        return np.asarray(np.minimum((e * self.levels + total // 2) // total, 255), np.uint8)
+        ratio = (e * self.levels + total // 2) // total
+        return np.asarray(ratio, np.int32) if self.wide else np.asarray(np.minimum(ratio, 255), np.uint8)
 
     def lower(self) -> FunctionProto:
         """One function for each name."""
         # z + guard <= bits of top + 1 <= 31 (coarse: top < 2^28). e < 2^bits, so sum < 2^30 and e * levels + sum/2 < 2^30 + 2^29.
+        end = "y = Identity (ratio)"
+        if not self.wide:
+            end = """most_wide = Constant <value_int = 255> ()
+            most = Cast <to = 6> (most_wide)
+            saturated = Min (ratio, most)
+            y = Cast <to = 2> (saturated)"""
         text = f"""{self.name} <{", ".join(self.attributes())}> ({self._inputs}) => (y) {{
             {self._prefix()}
             shift = Add (z, guard_)
@@ -283,10 +295,7 @@ class ISoftmax(_OfScores):
             product = Mul (e, levels_)
             up = Add (product, half)
             ratio = Div (up, total)
-            most_wide = Constant <value_int = 255> ()
-            most = Cast <to = 6> (most_wide)
-            saturated = Min (ratio, most)
-            y = Cast <to = 2> (saturated)
+            {end}
         }}"""
         return function(text, dict.fromkeys(self.attributes(), TensorProto.INT32))
 
@@ -294,7 +303,8 @@ class ISoftmax(_OfScores):
         """Softmax in float64, at most 255/levels, 0 where masked and in rows that are wholly masked."""
         e = exponentials(inputs[0], inputs[1] if self.masked else None, self.scale)
         total = e.sum(-1, keepdims=True)
-        return np.asarray(np.minimum(e / np.where(total == 0, 1, total), 255 / self.levels))
+        most = 1.0 if self.wide else 255 / self.levels
+        return np.asarray(np.minimum(e / np.where(total == 0, 1, total), most))
 
 
 def polynomial_exp(x: Float64) -> Float64:

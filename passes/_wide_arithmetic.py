@@ -15,6 +15,7 @@ from qcompile.passes._integer_sums import plumb
 from qcompile.passes._kernel_call import kernel_call
 from qcompile.passes._match import ints_of, scalar_of
 from qcompile.passes._wide import INT32_MAX, Refusal, Wide, Wides
+from qcompile.placement import pool_area
 
 _SUM_MOST = 2**30
 _LONGEST = 1 << 14  # elements of a sum over a dimension that is not static: 2^17 each
@@ -155,6 +156,19 @@ def _reduce(wides: Wides, node: Node, mean: bool) -> None:
     wides.set(node, Wide(result, scale, min(INT32_MAX, wide.bound * count)))
 
 
+def average(wides: Wides, node: Node) -> None:
+    """GlobalAveragePool: the sum over static positions, its step divided by their number."""
+    dims, output = node.inputs[0].dims, node.outputs[0]
+    area = pool_area(node)
+    if area is None or dims is None:
+        raise Refusal("the size of its input is not static")
+    wide = wides.halved(wides.read(node.inputs[0]), max(INT32_MAX // area, 1), output.name)
+    result = wides.value(output.name + "_total", output)
+    axes = wides.graph.constant(output.name + "_axes", np.arange(2, len(dims), dtype=np.int64))
+    plumb(wides.graph, "ReduceSum", [wide.integers, axes], result)
+    wides.set(node, Wide(result, wide.scale / area, wide.bound * area))
+
+
 def from_integers(wides: Wides, node: Node) -> None:
     """Cast of integers (masks, counts) to float: whole numbers with step 1, held within what the samples had."""
     source, output = node.inputs[0], node.outputs[0]
@@ -275,5 +289,6 @@ ARITHMETIC: dict[str, Callable[[Wides, Node], None]] = {
     "ReduceMean": reduce_mean,
     "Cast": from_integers,
     "Concat": concat,
+    "GlobalAveragePool": average,
     **dict.fromkeys(MOVE_OPS, move),
 }

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from onnx import TensorProto, helper
 
-from qcompile.graph import Node, Tensor, Value
+from qcompile.graph import Graph, Node, Tensor, Value
 from qcompile.kernels.inormalise import INormalise
 from qcompile.kernels.isoftmax import IExp, ISoftmax
 from qcompile.kernels.table_exp import TableExp
@@ -21,7 +21,8 @@ from qcompile.passes._wide import INT32_MAX, Exponentials, Narrow, Refusal, Wide
 
 _LARGEST = 255
 _USUAL = 512  # keys; longer rows are divided first
-_LONGEST = 4096  # keys of a Softmax that is a result
+_LONGEST = 4096  # keys of a Softmax that is a result ...
+_LEVELS = 2**14  # ... and the steps of its probabilities
 
 
 def softmax(wides: Wides, node: Node) -> None:
@@ -31,7 +32,10 @@ def softmax(wides: Wides, node: Node) -> None:
         raise Refusal("a head kept float")
     found = read_softmax(graph, node)
     if isinstance(found, str):
-        raise Refusal(found)
+        if not _of_columns(graph, node):
+            raise Refusal(found)
+        _probabilities_of_columns(wides, node)
+        return
     scores = wides.read(found.scores)
     keys = output.dims[-1] if output.dims else None
     longest = keys if isinstance(keys, int) else None
@@ -48,13 +52,42 @@ def softmax(wides: Wides, node: Node) -> None:
             return
         if longest is None or longest > _LONGEST:
             raise Refusal("a Softmax that is no part of attention, over a row of unknown or too great a length")
-        kernel = ISoftmax(scale, masked, longest)
+        kernel = ISoftmax(scale, masked, longest, _LEVELS, wide=True)
     except ValueError as error:
         raise Refusal(f"outside the kernel's domain ({error})") from error
-    kernel_call(graph, kernel, inputs, result, name)
-    wide = wides.value(name + "_wide", output)
-    plumb(graph, "Cast", [result], wide, to=TensorProto.INT32)
-    wides.set(node, Wide(wide, kernel.output_scale, 255))
+    wide = wides.value(name + "_probabilities", output)
+    kernel_call(graph, kernel, inputs, wide, name)
+    wides.set(node, Wide(wide, kernel.output_scale, _LEVELS))
+
+
+def _of_columns(graph: Graph, node: Node) -> bool:
+    """Whether the axis has only dimensions of 1 behind it, as in [N, classes, 1, 1]."""
+    dims = node.inputs[0].dims
+    axis = node.attr("axis", -1 if (graph.opset() or 13) >= 13 else 1)
+    return dims is not None and axis % len(dims) > 0 and all(d == 1 for d in dims[axis % len(dims) + 1 :])
+
+
+def _probabilities_of_columns(wides: Wides, node: Node) -> None:
+    """Softmax of [..., classes, 1, 1]: of rows, and back to the shape."""
+    source, output, graph = node.inputs[0], node.outputs[0], wides.graph
+    assert source.dims is not None
+    axis = node.attr("axis", -1 if (graph.opset() or 13) >= 13 else 1) % len(source.dims)
+    longest, scores, name = source.dims[axis], wides.read(source), output.name
+    if not isinstance(longest, int) or longest > _LONGEST:
+        raise Refusal("a Softmax over a row of unknown or too great a length")
+    try:
+        kernel = ISoftmax(scores.scale, False, longest, _LEVELS, wide=True)
+    except ValueError as error:
+        raise Refusal(f"outside the kernel's domain ({error})") from error
+    rows = Value(graph.fresh_name(name + "_rows"), helper.make_tensor_type_proto(TensorProto.INT32, None))
+    plumb(graph, "Flatten", [scores.integers], rows, axis=axis)
+    made = Value(graph.fresh_name(name + "_of_rows"), rows.type)
+    kernel_call(graph, kernel, [rows], made, name)
+    shape = Value(graph.fresh_name(name + "_shape"), helper.make_tensor_type_proto(TensorProto.INT64, None))
+    plumb(graph, "Shape", [scores.integers], shape)
+    result = wides.value(name + "_probabilities", output)
+    plumb(graph, "Reshape", [made, shape], result)
+    wides.set(node, Wide(result, kernel.output_scale, _LEVELS))
 
 
 def product(wides: Wides, node: Node) -> None:

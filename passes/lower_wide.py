@@ -66,7 +66,7 @@ class LowerWide:
         wides, refused = Wides(graph, context), {}
         spelled = _spelled(graph)
         for node in list(graph.nodes):
-            if node not in spelled and not _candidate(graph, node):
+            if node not in spelled and not _candidate(graph, node, context):
                 continue
             try:
                 note = spelled[node](wides, node) if node in spelled else _lower(wides, node)
@@ -113,7 +113,7 @@ def _rms_norm(norm: Normalisation, wides: Wides, node: Node) -> str | None:
     return None
 
 
-def _candidate(graph: Graph, node: Node) -> bool:
+def _candidate(graph: Graph, node: Node, context: Context) -> bool:
     """Whether `node` computes a float tensor that is not the result of the model as such."""
     if node.domain not in ("", "ai.onnx") or node.op in ("DequantizeLinear",) or not node.outputs:
         return False
@@ -121,7 +121,9 @@ def _candidate(graph: Graph, node: Node) -> bool:
         return True
     if node.outputs[0].elem_type not in _FLOATS or (node.op not in _RULES and node.op not in TABULATED):
         return False
-    return not (node.op == "Gemm" and (_quantised(node) or _leaves(graph, node)))
+    if node.op in ("Gemm", "GlobalAveragePool"):
+        return not (_quantised(node) or _leaves(graph, node, context.settings.format))
+    return True
 
 
 def _quantised(node: Node) -> bool:
@@ -129,13 +131,17 @@ def _quantised(node: Node) -> bool:
     return [n.op for n in node.outputs[0].consumers] == ["QuantizeLinear"]
 
 
-def _leaves(graph: Graph, node: Node) -> bool:
-    """Whether the result only leaves the model, through data movement and a head at most: it stays the float end of a Gemm."""
+def _leaves(graph: Graph, node: Node, form: str) -> bool:
+    """Whether the result only leaves the model, through data movement and a head at most: it stays a float end.
+
+    In format integer a Softmax is no such head: it is computed in integers.
+    """
     for output in node.outputs:
         if not output.consumers and not graph.is_output(output):
             return False
         for reader in output.consumers:
-            if not (is_op(reader, *_SAME_ELEMENTS, *_HEADS) and _leaves(graph, reader)):
+            ends = is_op(reader, *_SAME_ELEMENTS, *(h for h in _HEADS if h != "Softmax" or form != "integer"))
+            if not (ends and _leaves(graph, reader, form)):
                 return False
     return True
 
