@@ -42,10 +42,11 @@ def prune(weight: Array, moment: Array, rule: Rule, damping: float = 0.01) -> tu
     """
     target = np.asarray(weight, np.float64)
     hessian, inverse = _prepared(moment, damping)
+    rough, wanted = hessian.astype(np.float32), target.astype(np.float32)
     best: tuple[FloatArray, Mask] | None = None
     least: FloatArray = np.zeros(0)
     for mask in _proposals(target, hessian, inverse, rule, damping):
-        fitted = refit(target, hessian, mask, steps=_TRIAL_STEPS)
+        fitted = refit(wanted, rough, mask, steps=_TRIAL_STEPS).astype(np.float64)
         error = _errors(fitted - target, hessian)
         if best is None:
             best, least = (fitted, mask), error
@@ -68,16 +69,18 @@ def restrict(weight: Array, moment: Array, mask: Mask, damping: float = 0.01) ->
 def refit(weight: Array, hessian: Array, mask: Mask, *, start: Array | None = None, steps: int = _FINAL_STEPS) -> FloatArray:
     """Least squares on the support: rows v, zero outside `mask`, least in (v - w) H (v - w)^T. No step makes it worse.
 
-    Conjugate gradients with H's diagonal as preconditioner, all rows at once; `hessian` must be positive definite.
+    Conjugate gradients with H's diagonal as preconditioner, all rows at once; `hessian` must be positive definite. Computed in
+    the type of `hessian`: float32 will do for trials.
     """
-    matrix, h = np.asarray(weight, np.float64), np.asarray(hessian, np.float64)
-    keep = mask.astype(np.float64)
-    v = (matrix if start is None else np.asarray(start, np.float64)) * keep
+    h = hessian
+    matrix: FloatArray = np.asarray(weight, h.dtype)
+    keep = mask.astype(h.dtype)
+    v = (matrix if start is None else np.asarray(start, h.dtype)) * keep
     scale = keep / np.einsum("gkk->gk", h)[:, None, :]
     residual = ((matrix - v) @ h) * keep
     z = residual * scale
     direction, rho = z, np.einsum("gck,gck->gc", residual, z)
-    enough = np.square(_SETTLED) * np.maximum(rho, 1e-300)
+    enough = np.square(_SETTLED) * np.maximum(rho, np.finfo(h.dtype).tiny)
     for _ in range(steps):
         active = rho > enough
         if not active.any():
@@ -91,7 +94,7 @@ def refit(weight: Array, hessian: Array, mask: Mask, *, start: Array | None = No
         fresh = np.einsum("gck,gck->gc", residual, z)
         direction = z + np.where(active, fresh / np.where(rho > 0, rho, 1.0), 0.0)[:, :, None] * direction
         rho = fresh
-    return v
+    return np.asarray(v)
 
 
 def _prepared(moment: Array, damping: float) -> tuple[FloatArray, FloatArray]:
