@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from qcompile.passes.calibrate import Calibrate
 from qcompile.passes.cancel_qdq import CancelQdq
+from qcompile.passes.compress_sparse import CompressSparse
 from qcompile.passes.correct_means import CorrectMeans
 from qcompile.passes.diagnose import Diagnose
 from qcompile.passes.dyadic_scales import DyadicScales
@@ -29,6 +30,7 @@ from qcompile.passes.pad_channels import PadChannels
 from qcompile.passes.pair_channels import PairChannels
 from qcompile.passes.patch_to_gemm import PatchToGemm
 from qcompile.passes.pool_to_conv import PoolToConv
+from qcompile.passes.prune_channels import PruneChannels
 from qcompile.passes.quantise import Quantise
 from qcompile.passes.quantise_dynamic import QuantiseDynamic
 from qcompile.passes.quantise_embeddings import QuantiseEmbeddings
@@ -41,6 +43,7 @@ from qcompile.passes.search_ranges import SearchRanges
 from qcompile.passes.simplify_shapes import SimplifyShapes
 from qcompile.passes.sink_reshapes import SinkReshapes
 from qcompile.passes.smooth import Smooth
+from qcompile.passes.sparsify import Sparsify
 from qcompile.passes.split_heads import SplitHeads
 from qcompile.passes.sum_residuals import SumResiduals
 from qcompile.passes.sum_to_add import SumToAdd
@@ -61,6 +64,7 @@ PASSES: tuple[Pass, ...] = (
     RecordBatchNorm(),
     FoldBatchNorm(),
     FuseLinear(),
+    PruneChannels(),
     PatchToGemm(),
     LinearForm(),
     SinkReshapes(),
@@ -72,6 +76,7 @@ PASSES: tuple[Pass, ...] = (
     FoldWidth(),
     Eliminate(),
     PadChannels(),
+    Sparsify(),
     Calibrate(),
     ExpectRanges(),
     Equalise(),
@@ -92,23 +97,27 @@ PASSES: tuple[Pass, ...] = (
     LowerQOperator(),
     IntegerHead(),
     LowerInteger(),
+    CompressSparse(),
     PackInt4(),
 )
 
 _NAMED = (FuseLayerNorm, FuseGelu, FuseActivation)
-_CANONICAL = (FoldConstants, SumToAdd, SimplifyShapes, Eliminate, *_NAMED, FuseLinear, FoldBatchNorm)
+_CANONICAL = (FoldConstants, SumToAdd, SimplifyShapes, Eliminate, *_NAMED, FuseLinear, FoldBatchNorm, PruneChannels)
 _DYNAMIC: tuple[Pass, ...] = (
     *(p for p in PASSES if isinstance(p, _CANONICAL)),
+    Sparsify(),
     QuantiseDynamic(),
     QuantiseEmbeddings(),
     SumResiduals(),
+    CompressSparse(),
     PackInt4(),
 )
-_WEIGHT_ONLY: tuple[Pass, ...] = (*(p for p in PASSES if isinstance(p, _CANONICAL)), WeightOnlyInt4())
+_WEIGHT_ONLY: tuple[Pass, ...] = (*(p for p in PASSES if isinstance(p, _CANONICAL)), Sparsify(), WeightOnlyInt4())
+_FLOAT: tuple[Pass, ...] = (*(p for p in PASSES if isinstance(p, _CANONICAL)), Sparsify(), CompressSparse())
 _IMPORTED: tuple[Pass, ...] = (
     FoldConstants(),
     ImportQdq(),
-    *(p for p in PASSES if isinstance(p, _CANONICAL)),
+    *(p for p in PASSES if isinstance(p, _CANONICAL) and not isinstance(p, PruneChannels)),
     LinearForm(),
     SinkReshapes(),
     Eliminate(),
@@ -133,8 +142,13 @@ _WITH_DATA = (SearchRanges, RefineLayers)
 
 
 def passes_for(data: str = "real") -> tuple[Pass, ...]:
-    """The passes that a compilation runs, in order; `data`: real | synthetic | dynamic (none needed) | weight_only (either) |
-    imported (none needed: the source holds the scales)."""
+    """The passes that a compilation runs, in order; `data`: real | synthetic | dynamic (none needed) | weight_only | float |
+    imported (none needed: the source holds the scales).
+
+    weight_only and float (`--bits 32`: nothing is quantised) run with any data.
+    """
+    if data == "float":
+        return _FLOAT
     if data == "weight_only":
         return _WEIGHT_ONLY
     if data == "imported":

@@ -14,6 +14,7 @@ from qcompile.context import Context
 from qcompile.graph import Node, Value
 from qcompile.lattice import Grid, round_on_lattice
 from qcompile.moments import input_covariance, rows_of, rows_wanted
+from qcompile.obs import restrict
 from qcompile.passes._stored import stored_integers, stored_scale
 from qcompile.passes.integer_bias import check_accumulator
 from qcompile.passes.round_weights import weight_matrix, weight_tensor
@@ -78,7 +79,10 @@ class Layer:
             damping,
             _CANDIDATES[settings.effort] if self.top < WEIGHT_MAX else 0,
         )
-        integers, scale = round_on_lattice(target, steps, covariance, self._least(target), grid)
+        keep = weight != 0 if settings.sparsity is not None else None
+        if keep is not None:
+            target = restrict(target, covariance, keep, damping)
+        integers, scale = round_on_lattice(target, steps, covariance, self._least(target), grid, keep)
         old = weight_matrix(self.stored.array(), op, axis)
         changed = not np.array_equal(integers.reshape(old.shape), old) or not np.array_equal(scale, steps)
         if not changed:

@@ -45,6 +45,9 @@ class PairChannels:
         if settings.target != "any" or context.paired or any(n.op == "QuantizeLinear" for n in graph.nodes):
             return report
         context.paired = True
+        if settings.blocked:
+            report.refuse("all channels", "N:M blocks of weights must stay together")
+            return report
         graph.infer_shapes()
         linears = [n for n in place(graph, settings).linears if 2 * settings.top_for(n.name) > PAIR_LIMIT]
         for stream in permutable_streams(graph):

@@ -183,6 +183,7 @@ class _Rounding:
             return nearest, grid
         scale, zero = grid.columns(width)
         offset = zero.astype(np.int64)
+        keep = matrix != 0 if self.context.settings.sparsity is not None else np.ones(matrix.shape, np.bool_)
         q = second_order_round(
             matrix[None],
             scale[None],
@@ -190,7 +191,7 @@ class _Rounding:
             (nearest - offset)[None],
             pair_rule=False,
             damping=self.damping,
-            limits=(-offset[None], 15 - offset[None]),
+            limits=(-offset[None] * keep, (15 - offset[None]) * keep),
         )[0]
         return (q + offset).astype(np.uint8), grid
 

@@ -101,6 +101,12 @@ def measure(
     return Measured(accuracy, timed, *sizes, tuple(warnings))
 
 
+def quantised_feeds(float_model: Path, quantised: Path, feeds: Feeds) -> Feeds:
+    """`feeds` of the float model as the quantised one takes them."""
+    _, convert = _inputs(float_model, quantised)
+    return convert(feeds) if convert else feeds
+
+
 def judge(accuracy: Accuracy, max_drop: float) -> Verdict:
     """The verdict on a limit of `max_drop` points. Raises DataError where the samples had no labels."""
     if accuracy.identical:

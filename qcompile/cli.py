@@ -56,7 +56,9 @@ def cli() -> None:
 @click.argument("model", type=FILE)
 @RECIPE
 @click.option("-o", "--output", type=FILE, metavar="OUT", help="Where to write.  [MODEL with .int8.onnx]")
-@click.option("--bits", type=LaterChoice(["8", "4"], ["mixed"]), default="8", help="Width of weights.  [8]")
+@click.option(
+    "--bits", type=LaterChoice(["8", "4", "32"], ["mixed"]), default="8", help="Width of weights; 32: quantise nothing.  [8]"
+)
 @click.option(
     "--format",
     "format_",
@@ -119,6 +121,26 @@ def cli() -> None:
     metavar="N",
     help="Of MatMulNBits: 0 computes in float32, 4 on int8.  [4]",
 )
+@click.option("--sparsity", metavar="N:M-OR-SHARE", help="Weights that become zero: 2:4 (N of M stay), or a share such as 0.5.")
+@click.option(
+    "--criterion", type=click.Choice(["magnitude", "wanda", "obd", "obs"]), default="obs", help="Which weights those are.  [obs]"
+)
+@click.option(
+    "--sparsity-scope", type=click.Choice(["layer", "global"]), default="layer", help="What a share is a share of.  [layer]"
+)
+@click.option(
+    "--sparse-storage", type=click.Choice(["compressed", "dense"]), default="compressed", help="Of 2:4 weights.  [compressed]"
+)
+@click.option(
+    "--prune-channels", type=float, metavar="SHARE", help="Remove whole channels, heads and hidden units: the share that goes."
+)
+@click.option(
+    "--prune-criterion", type=click.Choice(["l1", "hrank", "second-order"]), help="Which channels those are.  [second-order]"
+)
+@click.option("--prune-budget", type=click.Choice(["params", "macs", "latency"]), help="What it is a share of.  [macs]")
+@click.option("--channel-multiple", type=click.IntRange(min=1), metavar="N", help="Kept widths are multiples of N.  [8]")
+@click.option("--keep", multiple=True, metavar="NODE-OR-PATTERN", help="Layers that lose no channels; may be repeated.")
+@click.option("--no-refit", "refit", flag_value=False, default=None, help="Do not fit what is left of the weights anew.")
 @click.option("--no-bias-correction", is_flag=True, help="Leave biases as they are.")
 @click.option("--dump-passes", type=FOLDER, metavar="DIR", help="Write the model after every pass.")
 @SEED

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from qcompile.cli_common import FILE, TRACEBACK
+from qcompile.cli_common import FILE, FOLDER, TRACEBACK
 from qcompile.errors import LimitError
 from qcompile.printing import console, print_certificate, print_rescales, print_rows, print_summary
 from qcompile.report_file import report_json
@@ -21,6 +21,20 @@ from qcompile.report_file import report_json
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 @click.option("--require-exact", is_flag=True, help="With --dyadic: exit status 3 unless all are exact.")
 @click.option("--require-integer-only", is_flag=True, help="Exit status 3 where a float tensor lies between the ends.")
+@click.option(
+    "--sparsity",
+    is_flag=False,
+    flag_value="2:4",
+    metavar="[N:M-OR-SHARE]",
+    help="List each layer's zeros, whether it is N:M, and if sparse tensor cores can use it.  [2:4]",
+)
+@click.option(
+    "--require-sparsity",
+    type=click.FloatRange(0, 1, min_open=True),
+    metavar="SHARE",
+    help="With --sparsity: exit status 3 where a smaller share of the weights follows it.",
+)
+@click.option("--export-2:4", "export_24", type=FOLDER, metavar="DIR", help="Write 2:4 layers as GPUs' sparse tensors hold them.")
 @TRACEBACK
 def inspect(
     model: Path,
@@ -31,21 +45,35 @@ def inspect(
     as_json: bool,
     require_exact: bool,
     require_integer_only: bool,
+    sparsity: str | None,
+    require_sparsity: float | None,
+    export_24: Path | None,
 ) -> int:
     """Show what MODEL holds."""
     if require_exact and not dyadic:
         raise click.UsageError("--require-exact goes with --dyadic")
     if as_json and (dyadic or nodes or layers):
         raise click.UsageError("--json prints everything; leave --dyadic, --nodes and --layers out")
+    if require_sparsity is not None and sparsity is None:
+        raise click.UsageError("--require-sparsity goes with --sparsity")
     sizes = _sizes(dims)
+    if sparsity is not None:
+        from qcompile.inspect_sparsity import inspect_sparsity
+
+        inspect_sparsity(model, sparsity, require_sparsity)
+    if export_24 is not None:
+        from qcompile.inspect_sparsity import inspect_export
+
+        inspect_export(model, export_24)
+    listed = bool(dyadic or nodes or sparsity or export_24)  # parts that were asked for by name
     from qcompile.certificate import certify
     from qcompile.inspection import rescales, summary
     from qcompile.model_file import list_nodes
 
     if nodes:
         print_rows(("name", "operator", "first output"), list_nodes(model), console())
-    certificate = certify(model) if require_integer_only or not (dyadic or nodes or layers or as_json) else None
-    if as_json or layers or not (dyadic or nodes):
+    certificate = certify(model) if require_integer_only or not (listed or layers or as_json) else None
+    if as_json or layers or not listed:
         from qcompile.facts import facts
         from qcompile.printing_facts import print_facts, print_layers
 

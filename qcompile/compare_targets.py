@@ -17,6 +17,7 @@ import numpy as np
 from onnx import numpy_helper
 from onnx.external_data_helper import uses_external_data
 
+from qcompile.errors import QcompileError
 from qcompile.inspection_scales import Scales, integer
 from qcompile.qparams import PAIR_LIMIT
 from qcompile.runtime import Array
@@ -42,6 +43,27 @@ class Weights:
     integers: Array
     scales: Array | None
     paired: bool
+
+
+def add_targets(
+    path: Path,
+    report: dict[str, Any],
+    compile_free: Callable[..., Mapping[str, Any]],
+    progress: Callable[[str, int, int | None], None] | None,
+) -> None:
+    """Add the report's `targets`; where the model does not compile for the other target, a warning says so.
+
+    compile_free: as for `both_targets`, with a keyword `progress`.
+    """
+
+    def shown(stage: str, done: int, total: int | None) -> None:
+        if progress is not None:
+            progress(f"target {FREE}: {stage}", done, total)
+
+    try:
+        report["targets"] = both_targets(path, report, lambda other: compile_free(output=other, progress=shown))
+    except QcompileError as error:
+        report["warnings"].append(f"target {FREE} was not measured: {error}")
 
 
 def both_targets(path: Path, report: Mapping[str, Any], compile_free: Compile) -> dict[str, Any]:

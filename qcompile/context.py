@@ -13,6 +13,7 @@ from qcompile.plan import Plan
 from qcompile.qparams import ACTIVATIONS, ActivationType
 from qcompile.ranges import Observer
 from qcompile.runtime import Array, Feeds
+from qcompile.sparsity import SparseRecord
 
 FLOAT_BITS = 32  # in `Settings.raised`: the layer stays float
 
@@ -38,6 +39,37 @@ class WeightOnly:
 
 
 @dataclass(frozen=True)
+class ChannelPruning:
+    """How channels are removed.
+
+    ratio: the share of the budget that goes; budget: params | macs | latency; criterion: l1 | hrank | second-order; multiple:
+    kept widths are multiples of it; keep: names or patterns of layers that stay; refit: weights are fitted anew.
+    """
+
+    ratio: float
+    criterion: str = "second-order"
+    budget: str = "macs"
+    multiple: int = 8
+    keep: tuple[str, ...] = ()
+    refit: bool = True
+
+    @staticmethod
+    def keeps(name: str, pattern: str) -> bool:
+        """Whether node `name` is one that `pattern` means."""
+        return name == pattern or fnmatchcase(name, pattern)
+
+
+@dataclass(frozen=True)
+class PrunedRecord:
+    """A layer that lost output channels: how many it had and has."""
+
+    node: str
+    op: str
+    channels: int
+    kept: int
+
+
+@dataclass(frozen=True)
 class Settings:
     """Options of one compilation; every field changes the output and stands in the report.
 
@@ -46,6 +78,9 @@ class Settings:
     exclude: node names or shell patterns that stay float. node_bits, node_ranges: (name or pattern, bits) and (name or pattern,
     low, high) that a user gives; the last that matches counts. raised: (node, bits) of layers that a limit on the result needs
     to have more bits than the others, `FLOAT_BITS` for float. weight_only: set where activations stay float.
+    sparsity: `2:4` or a share such as `0.5` of weights that become zero; criterion: magnitude | wanda | obd | obs;
+    sparsity_scope: layer | global, what a share is a share of; sparse_storage: compressed | dense, of 2:4 weights.
+    pruning: set where channels are removed.
     inline: functions of the integer format are written out. io: float | integer, the type of its inputs and outputs.
     kernels: table | ibert, how integer formats compute GELU and the exponentials of Softmax.
     """
@@ -66,12 +101,22 @@ class Settings:
     node_ranges: tuple[tuple[str, float, float], ...] = ()
     inline: bool = False
     io: str = "float"
+    sparsity: str | None = None
+    criterion: str = "obs"
+    sparsity_scope: str = "layer"
+    sparse_storage: str = "compressed"
+    pruning: ChannelPruning | None = None
     kernels: str = "table"
 
     @property
     def integer_kernels(self) -> bool:
         """Whether GELU, Softmax, LayerNormalization and what joins them are computed in integers too."""
         return self.format in ("qoperator", "integer")
+
+    @property
+    def blocked(self) -> bool:
+        """Whether weights are N:M: their input channels must stay in the order in which they were chosen."""
+        return self.sparsity is not None and ":" in self.sparsity
 
     @property
     def weight_top(self) -> int:
@@ -100,7 +145,7 @@ class Settings:
     def excluded(self, name: str) -> bool:
         """Whether node `name` is to stay float."""
         patterns = any(matches(name, pattern) for pattern in self.exclude)
-        return patterns or self.bits_for(name) == FLOAT_BITS
+        return patterns or (self.bits != FLOAT_BITS and self.bits_for(name) == FLOAT_BITS)
 
 
 def matches(name: str, pattern: str) -> bool:
@@ -137,6 +182,8 @@ class Context:
     diagnose: bool = False
     batch_norms: list[BatchNormRecord] = field(default_factory=list)
     progress: Callable[[str], None] | None = None
+    sparse: list[SparseRecord] | None = None  # what became sparse, once that was decided
+    pruned: list[PrunedRecord] | None = None  # what lost channels
 
     @property
     def measures(self) -> bool:

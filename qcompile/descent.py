@@ -28,11 +28,13 @@ def descend(
     damping: float = 0.01,
     top: int = WEIGHT_MAX,
     sweeps: int = 4,
+    keep: Array | None = None,
 ) -> npt.NDArray[np.int8]:
     """Integers q [groups, channels, K], no channel worse than `start` on `moment` [groups, K, K]; shapes as there.
 
     Ends early where a sweep moves nothing. The moment is damped by its mean diagonal as for second-order rounding, so that
     directions which the samples never showed are not free; limits are those of `start`: +-top and, if asked for, the pair rule.
+    keep: where False an integer stays 0 (its `start` must be 0).
     """
     if not is_live(moment):
         return start.astype(np.int8)
@@ -41,15 +43,18 @@ def descend(
     steps = np.asarray(scale, np.float64)[:, None, :]
     q = np.ascontiguousarray(np.swapaxes(start, 1, 2)).astype(np.float64)
     gradient = hessian @ (matrix - q * steps)
+    free = None if keep is None else np.ascontiguousarray(np.swapaxes(keep, 1, 2))
     for _ in range(sweeps):
-        if not _sweep(q, gradient, hessian, steps, top, pair_rule):
+        if not _sweep(q, gradient, hessian, steps, top, pair_rule, free):
             break
     moved = np.swapaxes(q, 1, 2)
     better = quadratic_error(weight, scale, moved, moment) < quadratic_error(weight, scale, start, moment)
     return np.where(better[:, :, None], moved, start).astype(np.int8)
 
 
-def _sweep(q: FloatArray, gradient: FloatArray, hessian: FloatArray, steps: FloatArray, top: int, pair_rule: bool) -> bool:
+def _sweep(
+    q: FloatArray, gradient: FloatArray, hessian: FloatArray, steps: FloatArray, top: int, pair_rule: bool, free: Array | None
+) -> bool:
     """Every column once, in place; `gradient` is H e, [groups, K, channels]. Returns whether anything moved."""
     width = q.shape[1]
     paired = width // 2 * 2 if pair_rule and 2 * top > PAIR_LIMIT else 0
@@ -63,6 +68,8 @@ def _sweep(q: FloatArray, gradient: FloatArray, hessian: FloatArray, steps: Floa
             best = q[:, column] + local[:, column - begin] / (diagonal * steps[:, 0])
             low, high = _room(q[:, column ^ 1], top) if column < paired else (-top, top)
             best = np.clip(np.rint(best), low, high)
+            if free is not None:
+                best = best * free[:, column]
             change = (best - q[:, column]) * steps[:, 0]
             if not change.any():
                 continue

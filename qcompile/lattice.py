@@ -40,12 +40,13 @@ class Grid:
 
 
 def round_on_lattice(
-    weight: Array, scale: Array, moment: Array, least: Array, grid: Grid
+    weight: Array, scale: Array, moment: Array, least: Array, grid: Grid, keep: Array | None = None
 ) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
     """Integers [groups, channels, K] and scales [groups, channels] for `weight` of that shape and `moment` [groups, K, K].
 
     scale: the scales to start from, float32; least: those that an accumulator needs at least, [groups, channels]. Candidates are
-    judged on the damped moment, on which no channel is worse than round to nearest at the scale it started from.
+    judged on the damped moment, on which no channel is worse than round to nearest at the scale it started from. keep: where
+    False the weight is 0 and its integer stays 0.
     """
     best_scale = np.array(scale, np.float32)
     best_q = nearest(weight, scale, grid.pair_rule, grid.top)
@@ -53,6 +54,7 @@ def round_on_lattice(
         return best_q, best_scale
     judge = damped(moment, grid.damping)
     rounding = SecondOrder(moment, pair_rule=grid.pair_rule, damping=grid.damping)
+    limits = None if keep is None else (np.where(keep, -grid.top, 0), np.where(keep, grid.top, 0))
     best = quadratic_error(weight, best_scale, best_q, judge)
     peak = np.abs(np.asarray(weight, np.float64)).max(axis=2) / grid.top
     for factor in (None, *grid.factors(weight.shape[2])):
@@ -60,10 +62,12 @@ def round_on_lattice(
         if factor is not None:
             wanted = np.maximum(peak * factor, least)
             trial = grid_scales(wanted.reshape(-1), grid.input_scale, grid.output_scale).reshape(wanted.shape)
-        start, q = nearest(weight, trial, grid.pair_rule, grid.top), rounding.round(weight, trial, top=grid.top)
+        start, q = nearest(weight, trial, grid.pair_rule, grid.top), rounding.round(weight, trial, top=grid.top, limits=limits)
         gained = quadratic_error(weight, trial, q, moment) < quadratic_error(weight, trial, start, moment)
         q = np.where(gained[:, :, None], q, start)
-        q = descend(weight, trial, moment, q, pair_rule=grid.pair_rule, damping=grid.damping, top=grid.top, sweeps=_SWEEPS)
+        q = descend(
+            weight, trial, moment, q, pair_rule=grid.pair_rule, damping=grid.damping, top=grid.top, sweeps=_SWEEPS, keep=keep
+        )
         error = quadratic_error(weight, trial, q, judge)
         better = error < best
         best_q[better], best_scale[better], best[better] = q[better], trial[better], error[better]

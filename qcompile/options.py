@@ -6,8 +6,10 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from qcompile.context import Settings, WeightOnly, matches
+from qcompile.context import FLOAT_BITS, Settings, WeightOnly, matches
+from qcompile.criteria import CRITERIA
 from qcompile.errors import InputError
+from qcompile.options_sparsity import check_float
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "format": ("qdq", "qoperator", "integer"),
@@ -16,6 +18,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "effort": ("fast", "default", "best"),
     "inputs_as": ("float32", "uint8"),
     "io": ("float", "integer"),
+    "criterion": tuple(CRITERIA),
+    "sparsity_scope": ("layer", "global"),
+    "sparse_storage": ("compressed", "dense"),
     "kernels": ("table", "ibert"),
 }
 BLOCKS = (32, 64, 128)
@@ -24,8 +29,10 @@ SPELLINGS = ("matmulnbits", "portable")
 
 def check_settings(settings: Settings, max_drop: float | None, has_evaluation: bool, min_agreement: float | None = None) -> None:
     """Raise InputError for a value that is not offered, or options that cannot go together."""
-    if settings.bits not in (4, 8):
-        raise InputError(f"--bits {settings.bits}: this version writes weights of 8 or 4 bits; use one of them")
+    if settings.bits not in (4, 8, FLOAT_BITS):
+        raise InputError(f"--bits {settings.bits}: this version writes weights of 8 or 4 bits (32: float); use one of them")
+    if settings.bits == FLOAT_BITS:
+        check_float(settings)
     if 4 in settings.widths and settings.opset is not None and settings.opset < 21:
         raise InputError(f"--bits 4 --opset {settings.opset}: INT4 tensors need opset 21; leave --opset out")
     if settings.weight_only is not None and (settings.node_bits or settings.node_ranges):
@@ -89,6 +96,9 @@ def check_import(settings: Settings, quantised: bool, max_requant_loss: float | 
         )
     if quantised and settings.weight_only is not None:
         raise InputError("--activations float: the model already holds Q/DQ; leave it out, or give the float model")
+    if quantised and (settings.sparsity is not None or settings.pruning is not None):
+        option = "--sparsity" if settings.sparsity is not None else "--prune-channels"
+        raise InputError(f"{option}: the model already holds Q/DQ, whose integers are kept; give the float model")
 
 
 def weight_only_of(
@@ -139,7 +149,8 @@ def _check_weight_only(settings: Settings, options: WeightOnly) -> None:
 
 def output_path(source: Path, output: str | Path | None, bits: int) -> Path:
     """The file to write: `output`, or MODEL.int8.onnx beside the source. Raises InputError where it cannot be written."""
-    path = Path(output) if output is not None else source.with_suffix(f".int{bits}.onnx")
+    suffix = ".pruned.onnx" if bits == FLOAT_BITS else f".int{bits}.onnx"
+    path = Path(output) if output is not None else source.with_suffix(suffix)
     if path.is_dir():
         raise InputError(f"{path}: is a folder; give a file name with -o")
     folder = path.parent

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import qcompile
 from qcompile.accuracy import Accuracy
 from qcompile.audit import audit
 from qcompile.check import Measured, Progress, measure
 from qcompile.compact import compact
-from qcompile.compare_targets import FREE, both_targets
+from qcompile.compare_targets import FREE, add_targets
 from qcompile.compilation import Built, Data, open_data
 from qcompile.compilation_report import report_of
-from qcompile.context import Context, Settings
+from qcompile.context import FLOAT_BITS, Context, Settings
 from qcompile.convert import lower_opset
 from qcompile.data import Dataset
-from qcompile.errors import DataError, LimitError, QcompileError
+from qcompile.errors import DataError, LimitError
 from qcompile.fallback import LEAST_SAMPLES, Found, Raised, Trial, search
 from qcompile.graph_io import forget_inner_types, load_proto, write_functions_out
 from qcompile.integer_inputs import take_integers
@@ -31,10 +29,13 @@ from qcompile.limits import Limits
 from qcompile.load import Loaded, load_model
 from qcompile.names import names_of, shorten_names
 from qcompile.options import check_import, check_node_names, check_settings, output_path, weight_only_of
+from qcompile.options_sparsity import check_sparsity, pruning_of
 from qcompile.passes import passes_for
 from qcompile.recipe import embedded, node_settings
 from qcompile.report_file import peak_rss_mb
 from qcompile.run_passes import run_passes
+from qcompile.sparsity_report import sparsity_json
+from qcompile.stamp import stamp
 from qcompile.tensors import is_external, location
 
 _CHECK_FEEDS = 2
@@ -77,6 +78,16 @@ def compile_model(
     symmetric: bool | None = None,
     spelling: str | None = None,
     accuracy_level: int | None = None,
+    sparsity: str | float | None = None,
+    criterion: str = "obs",
+    sparsity_scope: str = "layer",
+    sparse_storage: str = "compressed",
+    prune_channels: float | None = None,
+    prune_criterion: str | None = None,
+    prune_budget: str | None = None,
+    channel_multiple: int | None = None,
+    keep: Sequence[str] = (),
+    refit: bool | None = None,
     preprocess: str | None = None,
     bias_correction: bool = True,
     seed: int = 0,
@@ -93,6 +104,11 @@ def compile_model(
     inline, io: in format integer, functions are written out; io "integer": inputs and outputs are integers too.
     kernels: in the formats qoperator and integer, GELU and the exponentials of Softmax by table, or ibert: by its polynomials.
     activations: int8, or float for weight-only INT4, whose options are block, symmetric, spelling and accuracy_level.
+    bits: 8, 4, or 32 to quantise nothing. sparsity: "2:4" (N:M along the input channels) or a share of zeros such as 0.5, chosen
+    by `criterion` (magnitude | wanda | obd | obs); sparsity_scope "global": the share is one budget for all layers;
+    sparse_storage "dense": 2:4 weights are stored with their zeros.
+    prune_channels: the share of `prune_budget` (params | macs | latency) that goes with whole channels; `prune_criterion`: which
+    (l1 | hrank | second-order); widths multiples of `channel_multiple`, layers in `keep` untouched; refit False: weights stay.
     max_drop: the largest drop of top-1 accuracy, in percentage points, that `eval_data` (with labels) must not contradict;
     min_agreement: the least share of samples that keep their class. Where a limit does not hold on one half of `eval_data`,
     layers are raised to 8 bits, then to float, until it does; the verdict is on the other half (`qcompile.fallback`).
@@ -128,8 +144,14 @@ def compile_model(
         io=io,
         kernels=kernels,
         weight_only=weight_only_of(activations, block, symmetric, spelling, accuracy_level),
+        sparsity=None if sparsity is None else str(sparsity),
+        criterion=criterion,
+        sparsity_scope=sparsity_scope,
+        sparse_storage=sparse_storage,
+        pruning=pruning_of(prune_channels, prune_criterion, prune_budget, channel_multiple, tuple(keep), refit),
     )
     check_settings(settings, max_drop, eval_data is not None, min_agreement)
+    check_sparsity(settings, data is not None)
     limits = Limits(max_drop, min_agreement, on_inconclusive, max_requant_loss)
     source = Path(model)
     path = output_path(source, output, bits)
@@ -156,13 +178,17 @@ def compile_model(
         report = report_of(source, path, built, audited, measured, given, limits)
         report["data"]["evaluation"] = measured_on
         report["recipe"] = embedded(asked, compile_model)
+        report.update(sparsity_json(source, path, built.context, given.calibration))
         report["seconds"] = round(time.perf_counter() - start, 3)
         report["peak_rss_mb"] = peak_rss_mb()
-        if compare_targets and target == "any" and effort != "fast" and eval_data is not None:
+        if compare_targets and bits != FLOAT_BITS and target == "any" and effort != "fast" and eval_data is not None:
             again = partial(compile_model, source, format=format, target=FREE, data=data, samples=samples, eval_data=eval_data)
             again = partial(again, bits=bits, ranges=ranges, effort=effort, exclude=exclude, opset=opset, inputs_as=inputs_as)
+            again = partial(again, sparsity=sparsity, criterion=criterion, sparsity_scope=sparsity_scope)
+            again = partial(again, prune_channels=prune_channels, prune_criterion=prune_criterion, prune_budget=prune_budget)
+            again = partial(again, channel_multiple=channel_multiple, keep=keep, refit=refit)
             again = partial(again, preprocess=preprocess, bias_correction=bias_correction, seed=seed, latency=False, nodes=nodes)
-            _compare_targets(path, report, again, progress)
+            add_targets(path, report, lambda **options: again(**options).report, progress)
     except BaseException:  # Ctrl-C too: a file that was never measured must not look like a result
         _discard(path)
         raise
@@ -173,19 +199,6 @@ def compile_model(
     if lost is not None:
         raise _failed(compiled, lost)
     return compiled
-
-
-def _compare_targets(path: Path, report: dict[str, Any], again: Callable[..., Compiled], progress: Progress | None) -> None:
-    """Add the report's `targets`; where the model does not compile for the other target, a warning says so."""
-
-    def shown(stage: str, done: int, total: int | None) -> None:
-        if progress is not None:
-            progress(f"target {FREE}: {stage}", done, total)
-
-    try:
-        report["targets"] = both_targets(path, report, lambda other: again(output=other, progress=shown).report)
-    except QcompileError as error:
-        report["warnings"].append(f"target {FREE} was not measured: {error}")
 
 
 @dataclass(frozen=True)
@@ -208,7 +221,7 @@ class _Compiler:
         context.synthetic = given.kind == "synthetic" or (given.kind == "imported" and not given.learn)
         context.progress = _stages(self.progress, given)
         feeds = [s.feeds for s in islice(given.calibration, 1 if settings.effort == "fast" else _CHECK_FEEDS)]
-        steps = passes_for(given.kind if settings.weight_only is None else "weight_only")
+        steps = passes_for("float" if settings.bits == FLOAT_BITS else "weight_only" if settings.weight_only else given.kind)
         rows = run_passes(graph, context, steps, feeds, dump)
         if settings.inputs_as != "float32" or settings.io == "integer":
             take_integers(graph, "--io integer" if settings.io == "integer" else "--inputs-as uint8")
@@ -221,7 +234,7 @@ class _Compiler:
         forget_inner_types(graph)
         compact(graph)
         shorten_names(graph, known)
-        _stamp(loaded, settings)
+        stamp(loaded, settings)
         graph.save(self.path)
         return Built(loaded, rows, context)
 
@@ -257,23 +270,6 @@ def _stages(progress: Progress | None, given: Data) -> Any:
         progress(stage, counts[stage], given.calibration.count if stage == "calibrating" else None)
 
     return tick
-
-
-def _stamp(loaded: Loaded, settings: Settings) -> None:
-    """Metadata: what was done, with which settings (where not the default), from which source; the version is the producer's."""
-    whole = asdict(settings)
-    chosen = {f.name: whole[f.name] for f in fields(settings) if getattr(settings, f.name) != f.default}
-    stamps = {
-        "qcompile.source_sha256": loaded.source_sha256,
-        "qcompile.settings": json.dumps(chosen, sort_keys=True, separators=(",", ":")),
-    }
-    shell = loaded.graph.shell
-    kept = [p for p in shell.metadata_props if p.key not in stamps]
-    del shell.metadata_props[:]
-    shell.metadata_props.extend(kept)
-    for key, value in stamps.items():
-        shell.metadata_props.add(key=key, value=value)
-    shell.producer_name, shell.producer_version = "qcompile", qcompile.__version__
 
 
 def _measure(

@@ -16,6 +16,8 @@ from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 from rich.table import Table
 
+from qcompile.printing_counts import sparsity_lines
+
 if TYPE_CHECKING:  # they load onnxruntime, which `--help` need not wait for
     from qcompile.certificate import Certificate
     from qcompile.dyadic import Int64
@@ -88,7 +90,7 @@ def print_report(report: Mapping[str, Any], out: Console) -> None:
     if report.get("passes"):
         out.print(_pass_table(report["passes"]))
     out.print(_result_table(report))
-    for line in (*_float_lines(report), *_worst_lines(report)):
+    for line in (*sparsity_lines(report), *_float_lines(report), *_worst_lines(report)):
         out.print(line)
     if report.get("imported"):
         out.print(_imported_line(report["imported"]))

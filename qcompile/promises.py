@@ -96,6 +96,8 @@ class Verifier:
                 "give representative --data, or keep the worst nodes float with --exclude"
             )
         self._fast = now
+        if isinstance(step.keeps, Lossy) and step.keeps.asked_for:
+            self._original = now
         return ratio
 
     def _first_difference(self, graph: Graph) -> str | None:

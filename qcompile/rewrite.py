@@ -30,9 +30,13 @@ class Close:
 
 @dataclass(frozen=True)
 class Lossy:
-    """Quantisation: the SQNR against the model before is reported; against the float model it must exceed `least_sqnr_db`."""
+    """Quantisation: the SQNR against the model before is reported; against the float model it must exceed `least_sqnr_db`.
+
+    asked_for: the loss is what the user asked for (pruning): later passes are held against the model after it.
+    """
 
     least_sqnr_db: float = 0.0
+    asked_for: bool = False
 
 
 Promise: TypeAlias = Exact | Close | Lossy

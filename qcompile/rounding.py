@@ -58,7 +58,7 @@ class SecondOrder:
         self.order = _order(np.einsum("gkk->gk", hessian), pair_rule)
         level = mean_level(hessian)
         hessian = np.take_along_axis(np.take_along_axis(hessian, self.order[:, :, None], 1), self.order[:, None, :], 2)
-        self.factor = _damped_factor(hessian, damping * level)
+        self.factor, _ = damped_factor(hessian, damping * level)
 
     def round(
         self, weight: Array, scale: Array, *, top: int = WEIGHT_MAX, limits: tuple[Array, Array] | None = None
@@ -117,14 +117,17 @@ def _order(diagonal: FloatArray, pair_rule: bool) -> npt.NDArray[np.int64]:
     return np.concatenate([order, np.full((groups, width - even), even)], axis=1) if width > even else order
 
 
-def _damped_factor(hessian: FloatArray, damping: FloatArray) -> FloatArray:
-    """The upper factor of H + damping * I; more damping where rounding left a moment that is not positive definite."""
+def damped_factor(hessian: FloatArray, damping: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """(U, damping) with inverse(H + damping * I) = U^T U, U upper triangular; `damping` [groups] grows where it must.
+
+    Rounding may leave a moment that is not positive definite. Raises FloatingPointError where it is not finite.
+    """
     if not np.isfinite(hessian).all():
         raise FloatingPointError("the second moment of a layer's input is not finite")
     identity = np.eye(hessian.shape[1])
     while True:  # ends: beyond the largest entry times K the sum is positive definite
         try:
-            return _upper_factor(hessian + damping[:, None, None] * identity)
+            return _upper_factor(hessian + damping[:, None, None] * identity), damping
         except np.linalg.LinAlgError:
             damping = damping * 10
 

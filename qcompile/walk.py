@@ -105,7 +105,7 @@ def mean_of(arrays: Iterable[Array]) -> list[tuple[Array, int]]:
 
 
 def linear_mean(node: Node, weight: Array, means: Sequence[tuple[Array, int]]) -> Array:
-    """Per-channel mean, without bias, of Conv or Gemm `node` with float `weight` over samples whose input means are given.
+    """Per-channel mean, without bias, of Conv, Gemm or MatMul `node` with float `weight`, from the means of its inputs.
 
     A linear node's mean output is its output for the mean input: one evaluation for each shape, however many samples.
     Returns float64 [channels].
@@ -113,7 +113,7 @@ def linear_mean(node: Node, weight: Array, means: Sequence[tuple[Array, int]]) -
     total: Array = np.zeros(1)
     positions = 0
     for mean, count in means:
-        if node.op == "Gemm":
+        if node.op in ("Gemm", "MatMul"):
             rows = mean.reshape(-1, mean.shape[-1])
             matrix = weight.T if node.attr("transB", 0) else weight
             total = total + count * (rows.sum(axis=0) @ matrix.astype(np.float64))

@@ -91,6 +91,16 @@ def test_defaults_reach_the_pipeline(command: Command, pipeline: FakePipeline) -
         "symmetric": None,
         "spelling": None,
         "accuracy_level": None,
+        "sparsity": None,
+        "criterion": "obs",
+        "sparsity_scope": "layer",
+        "sparse_storage": "compressed",
+        "prune_channels": None,
+        "prune_criterion": None,
+        "prune_budget": None,
+        "channel_multiple": None,
+        "keep": (),
+        "refit": None,
         "preprocess": None,
         "bias_correction": True,
         "seed": 0,
@@ -117,7 +127,11 @@ def test_every_option_reaches_the_pipeline(command: Command, pipeline: FakePipel
     args = "-o out.onnx --bits 8 --format qoperator --target vnni --data d.npz --samples 7 --preprocess imagenet --eval e.npz "
     args += "--max-drop 0.5 --min-agreement .9 --on-inconclusive pass --max-requant-loss 30 "
     args += "--effort fast --ranges percentile --exclude head --exclude /b/* --opset 17 --inputs-as uint8 --inline --io integer "
+    args += "--kernels ibert "
     args += "--activations float --block 64 --symmetric --spelling portable --accuracy-level 1 "
+    args += "--sparsity 0.5 --criterion wanda --sparsity-scope global --sparse-storage dense "
+    args += "--prune-channels .3 --prune-criterion hrank --prune-budget latency --channel-multiple 4 "
+    args += "--keep a --keep b* --no-refit "
     args += "--no-bias-correction --dump-passes dump --seed 3 --no-latency --quiet"
     report = tmp_path / "r.json"
     status, out, err = command("m.onnx", *args.split(), "--report", report)
@@ -143,12 +157,22 @@ def test_every_option_reaches_the_pipeline(command: Command, pipeline: FakePipel
         "inputs_as": "uint8",
         "inline": True,
         "io": "integer",
-        "kernels": "table",
+        "kernels": "ibert",
         "activations": "float",
         "block": 64,
         "symmetric": True,
         "spelling": "portable",
         "accuracy_level": 1,
+        "sparsity": "0.5",
+        "criterion": "wanda",
+        "sparsity_scope": "global",
+        "sparse_storage": "dense",
+        "prune_channels": 0.3,
+        "prune_criterion": "hrank",
+        "prune_budget": "latency",
+        "channel_multiple": 4,
+        "keep": ("a", "b*"),
+        "refit": False,
         "preprocess": "imagenet",
         "bias_correction": False,
         "seed": 3,

@@ -1,0 +1,42 @@
+"""Sparsity and channel pruning on real models, without retraining."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qcompile import compile_model
+from qcompile.layer_counts import count_layers, share_that_follows, totals
+from qcompile.sparsity import Pattern
+
+ZOO = Path(__file__).resolve().parents[2] / "shared" / "zoo"
+pytestmark = [pytest.mark.zoo, pytest.mark.skipif(not ZOO.is_dir(), reason="../shared/zoo is absent")]
+
+
+def drop(task: str, path: Path, **options: Any) -> float:
+    data = {key: f"{ZOO}/tasks.py:{task}_{part}" for key, part in (("data", "calib"), ("eval_data", "eval"))}
+    report = compile_model(ZOO / task / "model.onnx", path, latency=False, **data, **options).report  # type: ignore[arg-type]
+    return float(report["accuracy"]["drop_points"])
+
+
+@pytest.mark.parametrize(("task", "points"), [("resnet20_cifar10", 3.0), ("vit_mnist", 0.5)])
+def test_two_of_four_in_int8(task: str, points: float, tmp_path: Path) -> None:
+    second = drop(task, tmp_path / "obs.onnx", sparsity="2:4")
+    assert second <= points
+    assert second <= drop(task, tmp_path / "magnitude.onnx", sparsity="2:4", criterion="magnitude")
+    assert share_that_follows(count_layers(tmp_path / "obs.onnx"), Pattern(2, 4)) >= 0.8
+
+
+def test_half_of_the_weights(tmp_path: Path) -> None:
+    assert drop("resnet20_cifar10", tmp_path / "m.onnx", sparsity="0.5") <= 1.0
+
+
+def test_a_third_of_resnet20s_channels(tmp_path: Path) -> None:
+    refitted = drop("resnet20_cifar10", tmp_path / "m.onnx", bits=32, prune_channels=0.3)
+    plain = drop("resnet20_cifar10", tmp_path / "l1.onnx", bits=32, prune_channels=0.3, prune_criterion="l1", refit=False)
+    assert refitted <= 10.0
+    assert refitted + 5.0 <= plain
+    before, after = (totals(count_layers(p)) for p in (ZOO / "resnet20_cifar10" / "model.onnx", tmp_path / "m.onnx"))
+    assert (after["parameters"] or 0) < (before["parameters"] or 0)
