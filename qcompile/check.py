@@ -103,7 +103,7 @@ def measure(
 
 def quantised_feeds(float_model: Path, quantised: Path, feeds: Feeds) -> Feeds:
     """`feeds` of the float model as the quantised one takes them."""
-    _, convert = _inputs(float_model, quantised)
+    _, convert = paired_inputs(float_model, quantised)
     return convert(feeds) if convert else feeds
 
 

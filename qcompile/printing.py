@@ -17,6 +17,18 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 
 from qcompile.printing_counts import sparsity_lines
+from qcompile.printing_lines import (
+    MOST_LINES,
+    bytes_text,
+    count_text,
+    decibels,
+    float_lines,
+    imported_line,
+    raised_lines,
+    targets_line,
+    three_figures,
+    worst_lines,
+)
 
 if TYPE_CHECKING:  # they load onnxruntime, which `--help` need not wait for
     from qcompile.certificate import Certificate
@@ -26,8 +38,6 @@ if TYPE_CHECKING:  # they load onnxruntime, which `--help` need not wait for
 
 _LOG_WIDTH = 10_000  # where there is no terminal: nothing is broken into lines, so that it can be searched
 _REDRAW_SECONDS = 0.1
-_WORST = 3  # layers that the summary names
-_MOST_LINES = 12  # of one kind of finding; the JSON report has them all
 
 
 class ReaderGone(Exception):
@@ -90,13 +100,13 @@ def print_report(report: Mapping[str, Any], out: Console) -> None:
     if report.get("passes"):
         out.print(_pass_table(report["passes"]))
     out.print(_result_table(report))
-    for line in (*sparsity_lines(report), *_float_lines(report), *_worst_lines(report)):
+    for line in (*sparsity_lines(report), *float_lines(report), *worst_lines(report)):
         out.print(line)
     if report.get("imported"):
-        out.print(_imported_line(report["imported"]))
+        out.print(imported_line(report["imported"]))
     if report.get("targets"):
-        out.print(_targets_line(report["targets"]))
-    for line in _raised_lines(report):
+        out.print(targets_line(report["targets"]))
+    for line in raised_lines(report):
         out.print(line)
     for line in _limit_lines(report):
         out.print(line)
@@ -121,15 +131,19 @@ def print_bench(bench: Mapping[str, Any], out: Console) -> None:
     for entry in bench["models"]:
         latency, speedup, cold = entry["latency_ms"], entry["speedup"], entry["cold_start"]
         share = None if entry["peak_share"] is None else f"{100 * entry['peak_share']:.1f} %"
-        row = [entry["path"], f"{_three(latency['median'])} ms", f"{_three(latency['low'])} to {_three(latency['high'])}"]
+        row = [
+            entry["path"],
+            f"{three_figures(latency['median'])} ms",
+            f"{three_figures(latency['low'])} to {three_figures(latency['high'])}",
+        ]
         row += [f"{speedup['median']:.2f} x ({speedup['low']:.2f} to {speedup['high']:.2f})", bytes_text(entry["size_bytes"])]
         row += ["" if entry["macs"] is None else count_text(entry["macs"]), share or "unknown"]
-        row += ["", ""] if cold is None else [f"{_three(cold['load_ms'])} ms", f"{cold['peak_rss_mb']:.0f} MB"]
+        row += ["", ""] if cold is None else [f"{three_figures(cold['load_ms'])} ms", f"{cold['peak_rss_mb']:.0f} MB"]
         rows.append(row)
     columns = ("model", "median", "95 %", "as fast", "size", "MACs", "of int8 peak", "cold load", "peak memory")
     print_rows(columns, rows, out)
     for entry in bench["models"]:
-        shown = (entry["operators"] or [])[:_MOST_LINES]
+        shown = (entry["operators"] or [])[:MOST_LINES]
         if shown:
             times = [(o["op"], o["calls"], f"{o['ms']:.4f}", f"{100 * o['share']:.1f} %") for o in shown]
             print_rows(("operator", "calls", "ms", "share"), times, out, title=entry["path"])
@@ -175,7 +189,7 @@ def print_certificate(found: Certificate, out: Console, *, every: bool = False) 
     if found.integer_only:
         print_rows(("end", "node", "operator"), [(e.kind, e.node, e.op) for e in found.ends], out)
         return
-    shown = found.floats if every else found.floats[:_MOST_LINES]
+    shown = found.floats if every else found.floats[:MOST_LINES]
     print_rows(("float tensor", "node", "operator", "why"), [(f.tensor, f.node, f.op, f.reason) for f in shown], out)
     if len(shown) < len(found.floats):
         out.print(f"... and {len(found.floats) - len(shown)} more; --require-integer-only names them all")
@@ -239,7 +253,7 @@ def _pass_table(passes: Sequence[Mapping[str, Any]]) -> Table:
             str(entry["rewrites"]),
             skipped,
             "" if seconds is None else f"{seconds:.2f}",
-            _decibels(entry["sqnr_db"]) if "sqnr_db" in entry else "",
+            decibels(entry["sqnr_db"]) if "sqnr_db" in entry else "",
         )
     return table
 
@@ -269,7 +283,7 @@ def _accuracy_rows(report: Mapping[str, Any]) -> Iterable[tuple[str, str, str, s
     if accuracy.get("top1_agreement") is not None:
         yield "top-1 agreement", "", f"{100 * accuracy['top1_agreement']:.2f} %", over
         over = ""
-    yield "SQNR", "", f"{_decibels(accuracy['sqnr_db'])} dB", over
+    yield "SQNR", "", f"{decibels(accuracy['sqnr_db'])} dB", over
     if accuracy.get("cosine") is not None:
         yield "cosine", "", f"{accuracy['cosine']:.6f}", ""
 
@@ -288,7 +302,7 @@ def _latency_rows(report: Mapping[str, Any]) -> Iterable[tuple[str, str, str, st
     interval = f" ({low:.2f} to {high:.2f})" if low is not None and high is not None else ""
     threads = f"{latency['threads']} thread{'s' if latency['threads'] != 1 else ''}"
     speedup = f"{latency['speedup']:.2f} x as fast{interval}, {threads}"
-    yield "latency", f"{_three(latency['float'])} ms", f"{_three(latency['quantised'])} ms", speedup
+    yield "latency", f"{three_figures(latency['float'])} ms", f"{three_figures(latency['quantised'])} ms", speedup
 
 
 def _size_rows(report: Mapping[str, Any]) -> Iterable[tuple[str, str, str, str]]:
@@ -301,114 +315,3 @@ def _node_rows(report: Mapping[str, Any]) -> Iterable[tuple[str, str, str, str]]
     nodes = report.get("nodes")
     if nodes:
         yield "nodes at run time", "", f"{nodes['quantised']} integer", f"{nodes['float']} float"
-
-
-def _float_lines(report: Mapping[str, Any]) -> Iterable[str]:
-    """Which nodes run in float, and why: by type those that were meant to, by name those that were not."""
-    ops = (report.get("nodes") or {}).get("float_ops") or {}
-    if ops:
-        yield "runs in float: " + ", ".join(f"{count} {op}" for op, count in ops.items())
-    fusion = report.get("fusion") or {}
-    missed = fusion.get("not_fused") or ()
-    yield from _cut([f"{e['op']} {e['node']} was to be integer but runs in float: {e['reason']}" for e in missed])
-    alike: dict[tuple[str, str], list[str]] = {}
-    for entry in fusion.get("leftover") or ():
-        alike.setdefault((entry["op"], entry["reason"]), []).append(entry["node"])
-    yield from _cut([_leftover_line(op, reason, nodes) for (op, reason), nodes in alike.items()])
-
-
-def _imported_line(imported: Mapping[str, Any]) -> str:
-    """What became of the scales and integers of an imported Q/DQ model."""
-    channels, scales = imported["channels"], imported["scales"]
-    line = f"imported: integers of {channels['kept']} channels kept, {channels['rounded']} rounded again"
-    line += _counted(channels["reasons"])
-    line += f"; {scales['kept']} scales kept, {scales['moved']} moved by up to {100 * scales['largest_move']:.3g} %"
-    for words, counts in (("left float", imported["left_float"]), ("changed", imported["changed"])):
-        line += f"; {words}{_counted(counts)}" if counts else ""
-    return line
-
-
-def _counted(counts: Mapping[str, int]) -> str:
-    return f" ({', '.join(f'{count} x {reason}' for reason, count in counts.items())})" if counts else ""
-
-
-def _targets_line(targets: Mapping[str, Any]) -> str:
-    """`any` beside `vnni`: SQNR and agreement of both, and why where `any` costs much."""
-    sides = []
-    for name in ("any", "vnni"):
-        agreement = targets[name].get("top1_agreement")
-        agrees = "" if agreement is None else f", agreement {100 * agreement:.2f} %"
-        sides.append(f"{name} {_decibels(targets[name]['sqnr_db'])} dB{agrees}")
-    cost, reason = targets.get("any_costs_db"), targets.get("reason")
-    line = "targets: " + "; ".join(sides)
-    line += "" if cost is None else f"; the same bits everywhere cost {cost:.2f} dB"
-    return line + (f": {reason}" if reason else "")
-
-
-def _worst_lines(report: Mapping[str, Any]) -> Iterable[str]:
-    """The layers that cost most, each measured alone; those without any error are never named."""
-    noisy = [layer for layer in report.get("layers") or () if layer["own_db"] is not None]
-    for layer in sorted(noisy, key=lambda found: float(found["own_db"]))[:_WORST]:
-        at_end = f"{_decibels(layer['sqnr_out_db'])} dB with all before it"
-        yield f"costs most: {layer['op']} {layer['node']} ({layer['bits']} bits): {layer['own_db']:.2f} dB alone, {at_end}"
-
-
-def _raised_lines(report: Mapping[str, Any]) -> Iterable[str]:
-    """Which layers were raised to hold a limit, and on how many samples that was decided."""
-    fallback = report.get("fallback")
-    if not fallback or not fallback["raised"]:
-        return
-    held = "holds" if fallback["held"] else "does not hold even so"
-    raised = f"{len(fallback['raised'])} layer{'s' if len(fallback['raised']) != 1 else ''} raised"
-    yield f"{raised}; the limit {held} on the {fallback['samples']['search']} samples to choose by"
-    yield from _cut([_raised_line(move) for move in fallback["raised"]])
-
-
-def _raised_line(move: Mapping[str, Any]) -> str:
-    width = "float" if move["to_bits"] == 32 else f"{move['to_bits']} bits"
-    why = f"{_decibels(move['own_db'])} dB alone, for {bytes_text(move['bytes_added'])}"
-    return f"raised: {move['op']} {move['node']} from {move['from_bits']} bits to {width}: {why}"
-
-
-def _leftover_line(op: str, reason: str, nodes: list[str]) -> str:
-    if len(nodes) == 1:
-        return f"{op} {nodes[0]} stays at run time: {reason}"
-    return f"{len(nodes)} {op} stay at run time (first {nodes[0]}): {reason}"
-
-
-def _cut(lines: list[str]) -> Iterable[str]:
-    yield from lines[:_MOST_LINES]
-    if len(lines) > _MOST_LINES:
-        yield f"... and {len(lines) - _MOST_LINES} more like it; the JSON report (--report) lists all"
-
-
-def _decibels(value: float | None) -> str:
-    return "inf" if value is None else f"{value:.2f}"
-
-
-def count_text(value: int) -> str:
-    """1.2 k, 3.4 M, 5.6 G."""
-    number = float(value)
-    for unit in ("", " k", " M"):
-        if number < 999.5:
-            return f"{_three(number)}{unit}" if unit else str(value)
-        number /= 1000
-    return f"{_three(number)} G"
-
-
-def _three(value: float) -> str:
-    """Three significant digits without an exponent: 0.0177, 4.51, 123."""
-    decimals = 0
-    while decimals < 6 and abs(value) * 10**decimals < 99.5:
-        decimals += 1
-    return f"{value:.{decimals}f}"
-
-
-def bytes_text(count: int) -> str:
-    """Decimal units: 95.0 kB, 13.6 MB."""
-    value = float(count)
-    for unit in ("B", "kB", "MB"):
-        if value < 999.5:
-            return f"{_three(value)} {unit}" if unit != "B" else f"{count} B"
-        value /= 1000
-    return f"{_three(value)} GB"

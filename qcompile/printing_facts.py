@@ -7,7 +7,8 @@ from typing import Any
 
 from rich.console import Console
 
-from qcompile.printing import bytes_text, count_text, print_rows
+from qcompile.printing import print_rows
+from qcompile.printing_lines import bytes_text, count_text
 
 _MOST = 12
 
