@@ -33,6 +33,8 @@ class Kernel(ABC):
     domain: ClassVar[str]  # which scales and widths, in a sentence
     #: Largest |real - oracle| over the whole domain. A constant TOLERANCE where one holds for all scales; else see `tolerance`.
     TOLERANCE: ClassVar[float]
+    #: Constants that all calls have alike, by role: a model holds each once.
+    shared: ClassVar[frozenset[str]] = frozenset()
 
     @property
     @abstractmethod

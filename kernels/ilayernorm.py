@@ -70,6 +70,7 @@ class _Norm(Kernel):
     input_bits: int = 32
 
     stem: ClassVar[str]
+    shared: ClassVar[frozenset[str]] = frozenset({"ones"})
     domain: ClassVar[str] = (
         "int32, any row; 1 <= d <= 2^14; |gamma| <= 2^15 output scales, |beta| <= 2^29 of them; "
         "d sqrt(d epsilon) at most 2^40 input scales (RMSNorm: without the first d)"

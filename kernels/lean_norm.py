@@ -40,7 +40,7 @@ _ROOT_SHIFT = 18
 _ROOTS = np.rint(np.sqrt((np.arange(2 ** (31 - _ROOT_SHIFT)) + 0.5) * 2.0**_ROOT_SHIFT)).astype(np.int32)
 _MOST_BETA = 2**29
 _LEAST_FRACTIONS, _MOST_FRACTIONS = 8, 128
-_INPUT_BITS = 30
+INPUT_BITS = 30
 _KINDS = ("int32", "uint8", "int8")
 
 # high - low <= 2^30, f >= 1, (x - low) f <= A, 0 <= e <= A div unit <= D.
@@ -103,6 +103,7 @@ class _Lean(_Norm):
         "2 sqrt(d) |gamma| D < 2^31 output scales (8 bits: 2^28), |gamma| <= 12,386 for d = 384; "
         "|beta| <= 2^29 output scales (8 bits: 2^22); sqrt(d epsilon) A / unit < 2^31 input scales"
     )
+    shared: ClassVar[frozenset[str]] = frozenset({"ones", "roots"})
     _least_reach: ClassVar[int]
     _error: ClassVar[float]  # of one w, in steps of e
 
@@ -110,7 +111,7 @@ class _Lean(_Norm):
         super().__post_init__()
         if self.dtype not in _KINDS:
             raise ValueError(f"{self.stem}: output type {self.dtype!r}: it must be one of {', '.join(_KINDS)}")
-        within(f"{self.stem}: input bits", self.input_bits, 1, _INPUT_BITS, "the height of a row must fit int32")
+        within(f"{self.stem}: input bits", self.input_bits, 1, INPUT_BITS, "the height of a row must fit int32")
         within(f"{self.stem}: steps in a row", self.reach, self._least_reach, _MOST_REACH, "the row is too long for this form")
         least = 1 if self.dtype == "int32" else _LEAST_FRACTIONS
         what = f"{self.stem}: gamma / output scale, times 2 D sqrt d"

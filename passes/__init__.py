@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from qcompile.passes.calibrate import Calibrate
+from qcompile.passes.cancel_qdq import CancelQdq
 from qcompile.passes.correct_means import CorrectMeans
 from qcompile.passes.diagnose import Diagnose
 from qcompile.passes.dyadic_scales import DyadicScales
@@ -16,6 +17,7 @@ from qcompile.passes.fuse_activation import FuseActivation
 from qcompile.passes.fuse_gelu import FuseGelu
 from qcompile.passes.fuse_layer_norm import FuseLayerNorm
 from qcompile.passes.fuse_linear import FuseLinear
+from qcompile.passes.import_qdq import ImportQdq
 from qcompile.passes.integer_bias import IntegerBias
 from qcompile.passes.integer_head import IntegerHead
 from qcompile.passes.linear_form import LinearForm
@@ -24,13 +26,16 @@ from qcompile.passes.lower_qoperator import LowerQOperator
 from qcompile.passes.lower_wide import LowerWide
 from qcompile.passes.pack_int4 import PackInt4
 from qcompile.passes.pad_channels import PadChannels
+from qcompile.passes.pair_channels import PairChannels
 from qcompile.passes.patch_to_gemm import PatchToGemm
 from qcompile.passes.pool_to_conv import PoolToConv
 from qcompile.passes.quantise import Quantise
 from qcompile.passes.quantise_dynamic import QuantiseDynamic
 from qcompile.passes.quantise_embeddings import QuantiseEmbeddings
+from qcompile.passes.quantise_imported import QuantiseImported
 from qcompile.passes.record_bn import RecordBatchNorm
 from qcompile.passes.refine_layers import RefineLayers
+from qcompile.passes.round_imported import RoundImported
 from qcompile.passes.round_weights import RoundWeights
 from qcompile.passes.search_ranges import SearchRanges
 from qcompile.passes.simplify_shapes import SimplifyShapes
@@ -71,6 +76,7 @@ PASSES: tuple[Pass, ...] = (
     ExpectRanges(),
     Equalise(),
     Smooth(),
+    PairChannels(),
     Quantise(),
     QuantiseEmbeddings(),
     SearchRanges(),
@@ -99,14 +105,40 @@ _DYNAMIC: tuple[Pass, ...] = (
     PackInt4(),
 )
 _WEIGHT_ONLY: tuple[Pass, ...] = (*(p for p in PASSES if isinstance(p, _CANONICAL)), WeightOnlyInt4())
+_IMPORTED: tuple[Pass, ...] = (
+    FoldConstants(),
+    ImportQdq(),
+    *(p for p in PASSES if isinstance(p, _CANONICAL)),
+    LinearForm(),
+    SinkReshapes(),
+    Eliminate(),
+    PoolToConv(),
+    QuantiseImported(),
+    QuantiseEmbeddings(),
+    DyadicScales(),
+    RoundImported(),
+    RoundWeights(),  # what a pass made: averages as convolutions
+    IntegerBias(),
+    CorrectMeans(),
+    CancelQdq(),
+    Diagnose(),
+    SumResiduals(),
+    LowerQOperator(),
+    IntegerHead(),
+    LowerInteger(),
+    PackInt4(),
+)
 _WITHOUT_DATA = (RecordBatchNorm, ExpectRanges, CorrectMeans)
 _WITH_DATA = (SearchRanges, RefineLayers)
 
 
 def passes_for(data: str = "real") -> tuple[Pass, ...]:
-    """The passes that a compilation runs, in order; `data`: real | synthetic | dynamic (none needed) | weight_only (either)."""
+    """The passes that a compilation runs, in order; `data`: real | synthetic | dynamic (none needed) | weight_only (either) |
+    imported (none needed: the source holds the scales)."""
     if data == "weight_only":
         return _WEIGHT_ONLY
+    if data == "imported":
+        return _IMPORTED
     if data == "dynamic":
         return _DYNAMIC
     idle = _WITHOUT_DATA if data == "real" else _WITH_DATA

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from qcompile.graph import Node
 from qcompile.passes._functions_of import function_of
@@ -36,7 +37,7 @@ def bent_range(readers: Sequence[Node], low: float, high: float) -> tuple[float,
     return (float(x[first]), float(x[last])) if first < last else (low, high)
 
 
-def _flat_until(y: np.ndarray, tolerance: float) -> int:  # type: ignore[type-arg]
+def _flat_until(y: npt.NDArray[np.float64], tolerance: float) -> int:
     """The last point up to which all values, that point's own too, lie within `tolerance` of it."""
     # the running extremes from the end inwards: flat up to i where both are within the tolerance of y[i]
     high, low = np.maximum.accumulate(y), np.minimum.accumulate(y)

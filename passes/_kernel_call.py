@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from onnx import NodeProto, TensorProto, helper
 
-from qcompile.graph import Graph, Node, Tensor, Value
+from qcompile.graph import Array, Const, Graph, Node, Tensor, Value
 from qcompile.kernels._protocol import DOMAIN, Kernel
 
 _LOCAL_FUNCTIONS = 8  # the first IR version with them
@@ -23,7 +24,7 @@ def kernel_call(
 ) -> Node:
     """Append `result = kernel(inputs)`. name: what its constants are called after; notes: the node's metadata."""
     declare_kernel(graph, kernel)
-    constants = [graph.constant(f"{name}_{role}", values) for role, values in kernel.constants().items()]
+    constants = [_constant(graph, kernel, name, role, values) for role, values in kernel.constants().items()]
     attributes: dict[str, Any] = dict(kernel.attributes())
     node = graph.node(kernel.name, [*inputs, *constants], [result], domain=DOMAIN, **attributes)
     node.name = ""  # the metadata say whose arithmetic it is
@@ -31,6 +32,17 @@ def kernel_call(
     for key, value in {"source": name, **(notes or {})}.items():
         node.source.metadata_props.add(key=f"qcompile.{key}", value=value)
     return node
+
+
+def _constant(graph: Graph, kernel: Kernel, name: str, role: str, values: Array) -> Const:
+    """The constant of this call, or the one that an earlier call has in common with it."""
+    if role not in kernel.shared:
+        return graph.constant(f"{name}_{role}", values)
+    base = f"{role}_{values.dtype}_{'x'.join(map(str, values.shape))}"
+    found = graph.constants.get(base)
+    if found is not None and np.array_equal(found.array(), values):
+        return found
+    return graph.constant(base, values)
 
 
 def declare_kernel(graph: Graph, kernel: Kernel) -> None:

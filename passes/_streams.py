@@ -37,8 +37,9 @@ class ChannelStream:
     """Tensors tied by their channels; all arrays hold channel numbers, 0 to `size` - 1.
 
     channels: of axis 1 of each tensor. sources: of the output channels of each Conv. sinks: of what each Conv or Gemm reads,
-    one a channel or column. constants: of the channels of a constant operand (node, input), which scales with them. nodes:
-    all that is in between, in graph order. refusal: why the channels cannot be scaled, "" where they can.
+    one a channel or column. constants: of the channels of a constant operand (node, input), which scales with them. depthwise:
+    of depthwise Convs on the way (in `_orders` alone; else they end a stream). nodes: all that is in between, in graph order.
+    refusal: why the channels cannot be scaled, "" where they can.
     """
 
     size: int
@@ -46,6 +47,7 @@ class ChannelStream:
     sources: dict[Node, Array] = field(default_factory=dict)
     sinks: dict[Node, Array] = field(default_factory=dict)
     constants: dict[tuple[Node, int], Array] = field(default_factory=dict)
+    depthwise: dict[Node, Array] = field(default_factory=dict)
     nodes: list[Node] = field(default_factory=list)
     refusal: str = ""
 
@@ -72,10 +74,12 @@ class ChannelStream:
 def channel_streams(graph: Graph, excluded: frozenset[Node]) -> list[ChannelStream]:
     """All streams that start at a Conv with constant weights, in graph order; shapes must have been inferred."""
     graph.sort()
-    return _Numbering(graph, excluded).streams()
+    return Numbering(graph, excluded).streams()
 
 
-class _Numbering:
+class Numbering:
+    """Gives each channel of each tensor its number, and ties what must change together."""
+
     def __init__(self, graph: Graph, excluded: frozenset[Node]) -> None:
         self.graph = graph
         self.excluded = excluded
@@ -85,6 +89,7 @@ class _Numbering:
         self.sinks: dict[Node, Array] = {}
         self.constants: dict[tuple[Node, int], Array] = {}
         self.inner: dict[Node, Array] = {}
+        self.depthwise: dict[Node, Array] = {}
         self.ties: list[tuple[Array, Array]] = []
         self.refusals: list[tuple[int, str]] = []
 
@@ -111,6 +116,8 @@ class _Numbering:
             streams[int(groups[numbers[0]])].sinks[node] = local[numbers]
         for place, numbers in self.constants.items():
             streams[int(groups[numbers[0]])].constants[place] = local[numbers]
+        for node, numbers in self.depthwise.items():
+            streams[int(groups[numbers[0]])].depthwise[node] = local[numbers]
         for node, numbers in self.inner.items():
             streams[int(groups[numbers[0]])].nodes.append(node)
         for number, reason in self.refusals:

@@ -9,7 +9,8 @@ import numpy as np
 
 from qcompile.graph import Array, Node, Tensor, Value
 from qcompile.kernels.ilayernorm import ILayerNorm, IRmsNorm
-from qcompile.kernels.lean_norm import ILayerNormLean, IRmsNormLean
+from qcompile.kernels.lean_norm import INPUT_BITS, ILayerNormLean, IRmsNormLean
+from qcompile.passes._integer_sums import int32_value, plumb
 from qcompile.passes._kernel_call import kernel_call
 from qcompile.passes._wide import INT32_MAX, Refusal, Wide, Wides
 from qcompile.passes._wide_sums import MOVES
@@ -41,7 +42,8 @@ def normalise(
     kernel: type[ILayerNorm] | type[IRmsNorm],
 ) -> None:
     """One kernel call. Read by one QuantizeLinear alone: straight to 8 bits; else in a step that the next sum can take."""
-    name, wide = output.name, wides.read(source)
+    name = output.name
+    wide = _coarser(wides, wides.read(source), name)
     factors = gamma.astype(np.float64).reshape(-1)
     offsets = np.zeros_like(factors) if beta is None else beta.astype(np.float64).reshape(-1)
     options = {
@@ -80,6 +82,21 @@ def _make(kernel: type[ILayerNorm] | type[IRmsNorm], options: dict[str, object])
         except ValueError as error:
             reason = str(error)
     raise Refusal(f"outside the kernel's domain ({reason})")
+
+
+def _coarser(wides: Wides, wide: Wide, name: str) -> Wide:
+    """At most 30 bits, as the lean form takes them: in steps two or four times as coarse where the bound needs more.
+
+    Truncated: a step of the new ones is below 2^-28 of the bound.
+    """
+    factor = 1
+    while wide.bound // factor >= 1 << (INPUT_BITS - 1):
+        factor *= 2
+    if factor == 1:
+        return wide
+    result = int32_value(wides.graph, name + "_coarser", wide.integers)
+    plumb(wides.graph, "Div", [wide.integers, wides.graph.constant(name + "_factor", np.asarray(factor, np.int32))], result)
+    return Wide(result, wide.scale * factor, wide.bound // factor)
 
 
 def _step(wides: Wides, output: Value, gain: float) -> float:

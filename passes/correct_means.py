@@ -1,9 +1,10 @@
-"""Bias correction without data: what rounding the weights adds to the mean output, taken out of the int32 bias.
+"""Bias correction in closed form: what rounding the weights adds to the mean output, taken out of the int32 bias.
 
     bias <- bias + (W - s q) E[x]        Nagel et al. 2019, section 4.2.1
 
 E[x] is known in closed form where x comes from BatchNormalizations through Relu, Clip and Add (`qcompile.expected`), else it is
 the mean over the synthetic inputs. The shift that rounded activations add is left alone: synthetic inputs would mismeasure it.
+With data this is the business of `refine_layers`; an imported model, whose integers are given, comes here with its data.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from qcompile.walk import Stream, linear_mean, mean_of
 
 @dataclass(frozen=True)
 class CorrectMeans:
-    """Moves int32 biases; only where no calibration data are given, in the place of `refine_layers`."""
+    """Moves int32 biases; in the place of `refine_layers` without calibration data, and for an imported model with them."""
 
     name: str = "correct_means"
     keeps: Promise = field(default_factory=Lossy)
@@ -33,7 +34,8 @@ class CorrectMeans:
         """Rewrites: one a layer whose bias moved. Needs int32 biases and `context.samples`; runs once."""
         report = Report()
         plan, original = context.plan, context.float_graph
-        if not context.synthetic or plan is None or original is None or plan.refined or not context.settings.bias_correction:
+        fires = context.synthetic if context.imported is None else bool(context.samples) and not context.synthetic
+        if not fires or not context.settings.bias_correction or plan is None or original is None or plan.refined:
             return report
         plan.refined = True
         expected = expected_values(original, context.batch_norms)

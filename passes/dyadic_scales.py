@@ -29,7 +29,7 @@ class DyadicScales:
         plan, kind = context.plan, context.activations
         if plan is None:
             return report
-        solve(plan, kind)
+        solve(plan, kind, close=context.imported is not None)
         for place in plan.classes:
             assert place.scale_const is not None and place.zero_const is not None
             if place.scale_const.array() != place.scale or place.zero_const.array() != place.zero_point:

@@ -74,12 +74,18 @@ class _Forms:
             if old is not None:
                 self.graph.remove(old)
         if target is None:
-            self.graph.node("Gemm", inputs, [output], name=name or None)
+            self._gemm(inputs, output, name)
             return None
-        gemm = self.graph.node("Gemm", inputs, [output.name + "_2d"], name=name or None)
+        gemm = self._gemm(inputs, output.name + "_2d", name)
         set_type(gemm.outputs[0], output.elem_type, (None, linear.channels))
         self.graph.node("Reshape", [gemm.outputs[0], target], [output])
         return None
+
+    def _gemm(self, inputs: list[Tensor], output: str | Value, name: str, trans_b: int | None = None) -> Node:
+        """A Gemm under the name of the node that it replaces, by which options and reports know it."""
+        made = self.graph.node("Gemm", inputs, [output], name=name or None, transB=trans_b)
+        made.name = name or made.name
+        return made
 
     def _with_bias(self, node: Node) -> Linear | None:
         """The MatMul with the Add behind it, if that is a bias."""
@@ -160,9 +166,9 @@ class _Forms:
         if direct and follower is not None and self.shapes.dims(follower.outputs[0]) == pair:
             output = follower.outputs[0]
             self.graph.remove(follower)
-            self.graph.node("Gemm", inputs, [output], name=name or None, transB=1)
+            self._gemm(inputs, output, name, trans_b=1)
             return None
-        gemm = self.graph.node("Gemm", inputs, [output.name + "_2d"], name=name or None, transB=1)
+        gemm = self._gemm(inputs, output.name + "_2d", name, trans_b=1)
         set_type(gemm.outputs[0], output.elem_type, (None, linear.channels))
         target = self.graph.constant(output.name + "_shape", np.array([-1, linear.channels, 1, 1], np.int64))
         self.graph.node("Reshape", [gemm.outputs[0], target], [output])

@@ -12,6 +12,7 @@ Refused, with the reason counted: see `placement.linear_refusal`; a graph withou
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -57,13 +58,15 @@ class Quantise:
                 "no node can be quantised: there is no Conv or Gemm/MatMul with constant weights (or all are excluded)"
             )
         context.float_graph = graph.copy()
-        inserter = _Inserter(graph, context, placement)
+        inserter = Inserter(graph, context, placement)
         report.rewrites = inserter.run()
         context.plan = inserter.plan
         return report
 
 
-class _Inserter:
+class Inserter:
+    """Puts Q/DQ pairs where `placement` says, and writes down in `plan` what it decided."""
+
     def __init__(self, graph: Graph, context: Context, placement: Placement) -> None:
         self.graph = graph
         self.context = context
@@ -76,10 +79,11 @@ class _Inserter:
         self.bounds: dict[Tensor, tuple[float, float]] = {}
 
     def run(self) -> int:
+        """Returns the number of pairs."""
         self._fold()
         self._group()
         graph, placement = self.graph, self.placement
-        operands = list(kernel_operands(graph, self.context.settings))
+        operands = list(self._operands())
         for value in list(graph.inputs):
             if value in placement.quantised:
                 self._quantise_float(value)
@@ -87,19 +91,20 @@ class _Inserter:
         for node in list(graph.nodes):
             if node in placement.integer and (shares_scale(node) or clip_bounds(node) is not None):
                 self._move(node)
-                continue
-            if node in linears or node in placement.integer:
+            elif node in linears or node in placement.integer:
                 self._compute(node, linear=node in linears)
-                continue
-            for output in node.outputs:
-                if output in placement.quantised:
-                    self._quantise_float(output)
+            else:
+                self._leave(node)
         for node, index in operands:
             node.inputs[index] = self._read(node.inputs[index])
         self._shield()
         graph.cleanup()
         graph.sort()
         return self.pairs
+
+    def _operands(self) -> Iterable[tuple[Node, int]]:
+        """(node, input) of what integer kernels besides the linear ones read."""
+        return kernel_operands(self.graph, self.context.settings)
 
     def _fold(self) -> None:
         """Take folded Relu/Clip out; their tensor is then computed by the linear node or Add itself.
@@ -146,7 +151,16 @@ class _Inserter:
             self._range(place_, [t for t in leader if find(t) is root])
 
     def _range(self, place_: ScaleClass, members: list[Tensor]) -> None:
-        context, kind = self.context, self.context.activations
+        kind = self.context.activations
+        self._choose(place_, members)
+        place_.scale, place_.zero_point = activation_params(place_.low, place_.high, kind)
+        first = min(members, key=lambda t: t.name != place_.tensors[0])
+        place_.scale_const = self.graph.constant(first.name + "_scale", np.asarray(place_.scale, np.float32))
+        place_.zero_const = self.graph.constant(first.name + "_zero_point", np.asarray(place_.zero_point, kind.dtype))
+
+    def _choose(self, place_: ScaleClass, members: list[Tensor]) -> None:
+        """The range of a class, by calibration, and the bounds that it carries."""
+        context = self.context
         observers = [context.observers[t.name] for t in members if t.name in context.observers]
         place_.low, place_.high = choose_range(observers, context.settings.ranges)
         sources = [t for t in members if t.name in context.observers]
@@ -156,10 +170,6 @@ class _Inserter:
         functions = [r for t in members for r in t.consumers]
         if functions and all(is_op(r, *TABULATED) for r in functions):
             place_.low, place_.high = bent_range(functions, place_.low, place_.high)
-        place_.scale, place_.zero_point = activation_params(place_.low, place_.high, kind)
-        first = min(members, key=lambda t: t.name != place_.tensors[0])
-        place_.scale_const = self.graph.constant(first.name + "_scale", np.asarray(place_.scale, np.float32))
-        place_.zero_const = self.graph.constant(first.name + "_zero_point", np.asarray(place_.zero_point, kind.dtype))
 
     def _shield(self) -> None:
         """Put a copy (Sum of one) behind each float Conv or Gemm that stands between DQ and Q.
@@ -178,6 +188,12 @@ class _Inserter:
             if source is not None and source.op == "DequantizeLinear" and readers & {"QuantizeLinear", "Relu", "Clip"}:
                 node.outputs[0] = Value(self.graph.fresh_name(output.name + "_unshielded"), output.type)
                 self.graph.node("Sum", [node.outputs[0]], [output])
+
+    def _leave(self, node: Node) -> None:
+        """A node that stays float, what it computes may be quantised."""
+        for output in node.outputs:
+            if output in self.placement.quantised:
+                self._quantise_float(output)
 
     def _quantise_float(self, tensor: Value) -> None:
         """Q and DQ for a tensor that stays float for its float readers."""

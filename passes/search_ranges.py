@@ -6,6 +6,10 @@ measured by sending  clip(x) - x  through the reader. Measuring at the output ma
 the taps of a depthwise kernel add them up, and a transformer's outlier channels are read by large weights. Their mean is left out
 where bias correction will remove it. The tensor's own squared error misses all that: it cost mobilenet_v1 14 dB.
 
+Inputs of the model hold few distinct values, evenly spaced (pixels), and their rounding does not follow the step squared: pixels
+scaled to [-1, 1] all lie half-way between two steps of their exact range, the worst place there is. Their ranges are
+measured slightly wider as well (`WIDENINGS`), and where one of those rounds far better it is what is narrowed.
+
 Starts from the exact extremes of the whole calibration; `ranges` other than `mse` and effort `fast` leave it out.
 """
 
@@ -29,29 +33,35 @@ from qcompile.walk import Stream
 Array = npt.NDArray[Any]
 
 FACTORS = (1.0, 0.95, 0.9, 0.82, 0.74, 0.66, 0.55, 0.4)
+WIDENINGS = (1.0, 1.001, 1.002, 1.004, 1.008, 1.016)  # of the range of an input of the model
+_FAR_BETTER = 0.7  # of the exact range's rounding error
 _READERS = ("Conv", "Gemm", "Add", "GlobalAveragePool")
 _HOPELESS = 4.0  # clipping that costs this many times the rounding is not followed further
 
 
 @dataclass
 class _Errors:
-    """Relative squared errors of one class's readers, summed: rounding at the full range, clipping by factor at each end."""
+    """Relative squared errors of one class's readers, summed: rounding for each widening, clipping by factor at each end."""
 
-    rounding: float = 0.0
+    widenings: tuple[float, ...]
+    rounding: Array = field(init=False)
     low: Array = field(default_factory=lambda: np.zeros(len(FACTORS)))
     high: Array = field(default_factory=lambda: np.zeros(len(FACTORS)))
+
+    def __post_init__(self) -> None:
+        self.rounding = np.zeros(len(self.widenings))
 
 
 @dataclass(frozen=True)
 class SearchRanges:
-    """Narrow the ranges of `context.plan` where the readers' output error falls; at most `samples` feeds are used."""
+    """Move the ranges of `context.plan` where the readers' output error falls; at most `samples` feeds are used."""
 
     samples: int = 64
     name: str = "search_ranges"
     keeps: Promise = field(default_factory=Lossy)
 
     def run(self, graph: Graph, context: Context) -> Report:
-        """Rewrites: one a narrowed range. Runs once."""
+        """Rewrites: one a range that moved. Runs once."""
         report = Report()
         plan, original, settings = context.plan, context.float_graph, context.settings
         if plan is None or original is None or plan.searched or settings.ranges != "mse" or settings.effort == "fast":
@@ -86,6 +96,7 @@ def _measure(plan: Plan, original: Graph, context: Context, samples: int) -> dic
     integer = {n.name for n in [*(s.node for s in plan.linears), *(s.node for s in plan.adds), *(s.node for s in plan.pools)]}
     picked = context.samples[:: max(1, len(context.samples) // samples)][:samples]
     stream = Stream(original, picked)
+    inputs = {v.name for v in original.inputs}
     errors: dict[ScaleClass, _Errors] = {}
     for node in list(original.nodes):
         if node.op not in _READERS or node.name not in integer:
@@ -97,7 +108,8 @@ def _measure(plan: Plan, original: Graph, context: Context, samples: int) -> dic
             place = classes.get(source.name)
             if place is None or not isinstance(source, Value) or place.low == place.high:
                 continue
-            _Reader(node, stream.values(source), context).add(place, errors.setdefault(place, _Errors()))
+            widenings = (1.0,) if inputs.isdisjoint(place.tensors) else WIDENINGS
+            _Reader(node, stream.values(source), context).add(place, errors.setdefault(place, _Errors(widenings)))
     return errors
 
 
@@ -114,13 +126,7 @@ class _Reader:
 
     def add(self, place: ScaleClass, errors: _Errors) -> None:
         """Add this reader's relative errors to its class's."""
-        scale, zero = activation_params(place.low, place.high, self.kind)
-        step = float(scale)
-        rounded = [
-            ((np.clip(np.rint(x / step) + zero, self.kind.low, self.kind.high) - zero) * step - x).astype(np.float32)
-            for x in self.values
-        ]
-        rounding = self._energy(rounded) / self.signal
+        rounding = [self._energy(self._rounded(place.low * w, place.high * w)) / self.signal for w in errors.widenings]
         errors.rounding += rounding
         for end, table in ((place.low, errors.low), (place.high, errors.high)):
             if end == 0.0:
@@ -130,9 +136,15 @@ class _Reader:
                 clipped = [(np.minimum(x, edge) if end > 0 else np.maximum(x, edge)) - x for x in self.values]
                 cost = self._energy(clipped) / self.signal if any(c.any() for c in clipped) else 0.0
                 table[index] += cost
-                if cost > _HOPELESS * rounding:
+                if cost > _HOPELESS * rounding[0]:
                     table[index + 1 :] = np.inf
                     break
+
+    def _rounded(self, low: float, high: float) -> list[Array]:
+        """The error of each value where the range is [low, high]."""
+        scale, zero = activation_params(low, high, self.kind)
+        step, ends = float(scale), (self.kind.low, self.kind.high)
+        return [((np.clip(np.rint(x / step) + zero, *ends) - zero) * step - x).astype(np.float32) for x in self.values]
 
     def _energy(self, inputs: list[Array]) -> float:
         """Sum of squares of the reader's outputs for `inputs`, per-channel mean removed where bias correction removes it."""
@@ -163,9 +175,11 @@ def _bare_session(node: Node) -> Session | None:
 
 def _best(place: ScaleClass, errors: _Errors) -> tuple[float, float]:
     """The pair of ends with the least total error."""
-    factors = np.asarray(FACTORS)
+    factors, wider = np.asarray(FACTORS), int(np.argmin(errors.rounding))
+    if errors.rounding[wider] > _FAR_BETTER * errors.rounding[0]:
+        wider = 0
     lows, highs = place.low * factors, place.high * factors
     step = (highs[None, :] - lows[:, None]) / (place.high - place.low)
-    total = errors.rounding * step**2 + errors.low[:, None] + errors.high[None, :]
+    total = errors.rounding[wider] * step**2 + errors.low[:, None] + errors.high[None, :]
     i, j = np.unravel_index(int(np.argmin(total)), total.shape)
-    return float(lows[i]), float(highs[j])
+    return float(lows[i] * errors.widenings[wider]), float(highs[j] * errors.widenings[wider])

@@ -59,6 +59,12 @@ _MIN_AGREEMENT = click.option(
     metavar="SHARE",
     help="Fail (exit status 3) where fewer samples keep their class.",
 )
+_MAX_REQUANT_LOSS = click.option(
+    "--max-requant-loss",
+    type=click.FloatRange(0),
+    metavar="DB",
+    help="For a MODEL that already holds Q/DQ: fail (exit status 3) where the SQNR against it is below DB.",
+)
 _REPORT = click.option("--report", type=_FILE, metavar="FILE.json", help="Write the report as JSON.")
 _NO_LATENCY = click.option("--no-latency", is_flag=True, help="Do not measure latency.")
 _QUIET = click.option("--quiet", is_flag=True, help="Print nothing but errors.")
@@ -66,7 +72,7 @@ _QUIET = click.option("--quiet", is_flag=True, help="Print nothing but errors.")
 
 @click.group(cls=CompileGroup)
 def cli() -> None:
-    """Compile a float ONNX model to an exact integer ONNX model that stock onnxruntime runs.
+    """Compile a float (or Q/DQ) ONNX model to an exact integer ONNX model that stock onnxruntime runs.
 
     SPEC, the data: a .npz file, a directory of .npz files or of images, an ONNX test_data_set_* directory,
     file.py:function or package.module:function. A subcommand's name wins over a file of that name: ./check is the file.
@@ -109,6 +115,7 @@ def cli() -> None:
 @click.option("--eval", "eval_data", metavar="SPEC", help="Samples, best with labels, to measure the result on.")
 @_MAX_DROP
 @_MIN_AGREEMENT
+@_MAX_REQUANT_LOSS
 @_REPORT
 @click.option("--effort", type=click.Choice(["fast", "default", "best"]), default="default", help="How hard to try.  [default]")
 @click.option("--ranges", type=click.Choice(["mse", "minmax", "percentile"]), default="mse", help="How ranges are chosen.  [mse]")

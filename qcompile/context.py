@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 
 from qcompile.bn_statistics import BatchNormRecord
 from qcompile.graph import Graph
+from qcompile.imported import Imported
 from qcompile.plan import Plan
 from qcompile.qparams import ACTIVATIONS, ActivationType
 from qcompile.ranges import Observer
@@ -93,11 +94,13 @@ class Context:
     """State of one compilation, handed from pass to pass.
 
     observers: calibration statistics by tensor name. float_graph: the canonical float model, kept before quantising.
-    plan: what was decided, from `quantise` on. calibration: starts a fresh sweep over the calibration feeds; calibrated:
-    how many the last sweep saw. synthetic: whether they are made up; batch_norms: what the model itself then says about its
+    plan: what was decided, from `quantise` on. imported: what a source that already holds Q/DQ said. calibration: starts a fresh
+    sweep over the calibration feeds; calibrated: how many the last sweep saw. synthetic: whether they are made up;
+    batch_norms: what the model itself then says about its
     tensors. progress: called with a stage's name as work goes on.
     samples: a bounded list of calibration feeds (axis 0 the batch) that promise checks and the walk use.
     ranges: (low, high) of each scale class by what decided it; of use to the next compilation of the same model.
+    paired: whether channels were put in the order that the pair rule likes (a search that starts anew might move them again).
     diagnose: whether each layer's part in the error is to be measured (it changes no byte of the output).
     """
 
@@ -106,10 +109,12 @@ class Context:
     observers: dict[str, Observer] = field(default_factory=dict)
     float_graph: Graph | None = None
     plan: Plan | None = None
+    imported: Imported | None = None
     calibration: Callable[[], Iterable[Feeds]] = tuple
     calibrated: int = 0
     synthetic: bool = False
     ranges: dict[object, list[tuple[float, float]]] = field(default_factory=dict)
+    paired: bool = False
     diagnose: bool = False
     batch_norms: list[BatchNormRecord] = field(default_factory=list)
     progress: Callable[[str], None] | None = None

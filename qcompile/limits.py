@@ -14,14 +14,18 @@ from qcompile.errors import DataError
 
 @dataclass(frozen=True)
 class Limits:
-    """max_drop: percentage points of accuracy; min_agreement: share of samples that keep their class. None: no limit."""
+    """max_drop: percentage points of accuracy; min_agreement: share of samples that keep their class. None: no limit.
+
+    max_requant_loss: of an imported Q/DQ model, the least SQNR of the result against it in dB. It raises no layer.
+    """
 
     max_drop: float | None = None
     min_agreement: float | None = None
+    max_requant_loss: float | None = None
 
     @property
     def given(self) -> bool:
-        """Whether there is any limit."""
+        """Whether there is a limit that layers are raised to hold."""
         return self.max_drop is not None or self.min_agreement is not None
 
     def __str__(self) -> str:
@@ -66,3 +70,10 @@ class Limits:
             found["verdict"] = verdict.as_json()
             broken = f"--max-drop {self.max_drop:g}: {verdict.reason}" if verdict.outcome == "fail" else broken
         return found, broken
+
+    def requant_loss(self, accuracy: Accuracy | None) -> str | None:
+        """Why `max_requant_loss` is broken, None where it holds or was not asked for; no difference at all always holds."""
+        least = self.max_requant_loss
+        if least is None or accuracy is None or accuracy.sqnr_db is None or accuracy.sqnr_db >= least:
+            return None
+        return f"--max-requant-loss {least:g}: {accuracy.sqnr_db:.2f} dB against the imported model on {accuracy.samples} samples"

@@ -26,11 +26,15 @@ _LATE_TYPES = ("FLOAT4E2M1", "FLOAT8E8M0", "INT2", "UINT2", "FLOAT6E2M3", "FLOAT
 
 @dataclass
 class Loaded:
-    """A model ready for the passes. source_sha256: of the file, then its data files in order of name. notes: for the report."""
+    """A model ready for the passes. source_sha256: of the file, then its data files in order of name. notes: for the report.
+
+    quantised: whether it already holds Q/DQ, and is to be imported.
+    """
 
     graph: Graph
     source_sha256: str
     notes: list[str] = field(default_factory=list)
+    quantised: bool = False
 
 
 def load_model(path: str | Path) -> Loaded:
@@ -38,7 +42,7 @@ def load_model(path: str | Path) -> Loaded:
 
     Where nodes were rewritten, the result is compared with the original in onnxruntime on random input. Raises ModelError
     naming the file and the node or tensor for everything that cannot be compiled: no model, truncated, too new, already
-    quantised, in training form, NaN or infinity in weights, operators that onnxruntime does not know.
+    quantised in another form than Q/DQ pairs, in training form, NaN or infinity in weights, operators unknown to onnxruntime.
     """
     path = Path(path)
     model = load_proto(path)
@@ -61,7 +65,7 @@ def _load(path: Path, model: ModelProto, directory: Path) -> Loaded:
     if opset > newest:
         raise ModelError(f"opset {opset} is newer than onnxruntime takes ({newest}); export it with opset {newest} or lower")
     load_checks.refuse_training(model)
-    load_checks.refuse_quantised(model)
+    quantised = load_checks.holds_qdq(model)
     foreign = load_checks.foreign_node(model)
     if foreign is not None:
         _require_runnable(path, foreign)
@@ -81,7 +85,7 @@ def _load(path: Path, model: ModelProto, directory: Path) -> Loaded:
         note = compare_models(path, graph, tolerance=2e-2 if half else 1e-4)
         if note is not None:
             notes.append(note)
-    return Loaded(graph, sha256, notes)
+    return Loaded(graph, sha256, notes, quantised)
 
 
 def file_digest(path: Path, model: ModelProto, directory: Path) -> str:

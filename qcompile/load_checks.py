@@ -49,8 +49,11 @@ def foreign_node(model: ModelProto) -> str | None:
     return next((label_of(n) for n in all_nodes(model.graph) if n.domain not in _DEFAULT_DOMAIN), None)
 
 
-def refuse_quantised(model: ModelProto) -> None:
-    """Raise ModelError where `model` already computes with quantised numbers, counting the operators that say so."""
+def holds_qdq(model: ModelProto) -> bool:
+    """Whether `model` is a Q/DQ model, to be imported. Raises ModelError where it computes with quantised numbers otherwise.
+
+    The error counts the operators that say so. A file that quantises weights alone holds no QuantizeLinear, and is no Q/DQ model.
+    """
     constants = {t.name for t in model.graph.initializer} | {s.values.name for s in model.graph.sparse_initializer}
     evidence: Counter[str] = Counter()
     for node in all_nodes(model.graph):
@@ -61,9 +64,19 @@ def refuse_quantised(model: ModelProto) -> None:
             constants.update(node.output)  # rows of a table of integers
         if _is_quantised(node) or (node.op_type == "DequantizeLinear" and node.input[0] in constants):
             evidence[node.op_type] += 1
-    if evidence:
-        found = ", ".join(f"{count} {op}" for op, count in sorted(evidence.items()))
-        raise ModelError(f"already quantised: {found} (QDQ import not supported yet); give the float model it was made from")
+    bodies = (body for node in model.graph.node for body in node_bodies(node.attribute))
+    inside = next((n for body in bodies for n in all_nodes(body) if n.op_type == "QuantizeLinear"), None)
+    if inside is not None:
+        raise ModelError(f"node '{label_of(inside)}': QuantizeLinear in a body of If, Loop or Scan is not imported")
+    pairs = any(n.op_type == "QuantizeLinear" for n in model.graph.node)
+    others = sorted(op for op in evidence if not pairs or op not in ("QuantizeLinear", "DequantizeLinear"))
+    if others:
+        found = ", ".join(f"{evidence[op]} {op}" for op in others)
+        raise ModelError(
+            f"already quantised: {found}; only activations and weights in Q/DQ pairs are imported: "
+            "give the float model that it was made from"
+        )
+    return pairs
 
 
 def _is_quantised(node: NodeProto) -> bool:

@@ -2,7 +2,8 @@
 
 - dynamic: models of matrix products (or of tokens) quantise their activations at run time; made-up inputs serve checks only;
 - synthetic: static ranges from BatchNormalization statistics and made-up inputs;
-- weight-only files need no ranges: their made-up inputs serve checks only.
+- weight-only files need no ranges: their made-up inputs serve checks only;
+- imported models hold their own scales: made-up inputs, as wide as those say, serve checks only.
 """
 
 from __future__ import annotations
@@ -11,13 +12,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 
+import numpy as np
+from onnx import TensorProto
+
 from qcompile.context import Settings
 from qcompile.data import Dataset
 from qcompile.errors import InputError
 from qcompile.graph import Graph
+from qcompile.import_read import EIGHT_BIT, read
 from qcompile.input_statistics import input_moments, vocabularies
 from qcompile.samples import InputInfo
-from qcompile.synthetic import needs_vocabulary, synthetic_dataset
+from qcompile.synthetic import DEVIATIONS, InputMoments, needs_vocabulary, synthetic_dataset
 
 SAMPLES = 32
 _MOMENT_SAMPLES = 8
@@ -66,6 +71,25 @@ def make_up(graph: Graph, inputs: Sequence[InputInfo], settings: Settings) -> Ma
         names = ", ".join(f"'{n}'" for n in unknown)
         warnings.append(f"no --data: mean 0 and deviation 1 are assumed for input {names}; where they differ much, give --data")
     return MadeUp("synthetic", synthetic_dataset(inputs, SAMPLES, settings.seed, moments=moments), tuple(warnings))
+
+
+def make_up_for_import(graph: Graph, inputs: Sequence[InputInfo], settings: Settings) -> MadeUp:
+    """Inputs to compare an imported Q/DQ model with its result on. Float inputs fill the range of their own QuantizeLinear.
+
+    Raises DataError where an input cannot be made up.
+    """
+    moments, sizes = {}, vocabularies(graph)
+    for value in graph.inputs:
+        for node in value.consumers:
+            if node.op == "DequantizeLinear" and value.elem_type in (TensorProto.UINT8, TensorProto.INT8):
+                sizes[value.name] = 256 if value.elem_type == TensorProto.UINT8 else 128
+            elif node.op == "QuantizeLinear" and node.constant(1) is not None and node.constant(2) is not None:
+                found = read(node)
+                if found.per_tensor and found.elem_type in EIGHT_BIT:
+                    low, high = found.mark().bounds
+                    moments[value.name] = InputMoments(np.array([(low + high) / 2]), (high - low) / (2 * DEVIATIONS))
+    made_up = synthetic_dataset(inputs, SAMPLES, settings.seed, moments=moments, vocabularies=sizes)
+    return MadeUp("imported", made_up, ("no --data and no --eval: the result was compared on made-up inputs; give real ones",))
 
 
 def is_matrix_model(graph: Graph) -> bool:

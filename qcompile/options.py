@@ -60,6 +60,16 @@ def check_settings(settings: Settings, max_drop: float | None, has_evaluation: b
         raise InputError(f"--min-agreement {min_agreement:g}: give a share above 0 and at most 1, such as .99")
 
 
+def check_import(settings: Settings, quantised: bool, max_requant_loss: float | None) -> None:
+    """Raise InputError where options do not suit a source that already holds Q/DQ (`quantised`), or one that does not."""
+    if max_requant_loss is not None and not quantised:
+        raise InputError("--max-requant-loss is for models that already hold Q/DQ; for a float model use --max-drop")
+    if max_requant_loss is not None and not 0 <= max_requant_loss < float("inf"):
+        raise InputError(f"--max-requant-loss {max_requant_loss:g}: give decibels from 0 on, such as 35")
+    if quantised and settings.weight_only is not None:
+        raise InputError("--activations float: the model already holds Q/DQ; leave it out, or give the float model")
+
+
 def weight_only_of(
     activations: str, block: int | None, symmetric: bool | None, spelling: str | None, accuracy_level: int | None
 ) -> WeightOnly | None:

@@ -29,9 +29,9 @@ from qcompile.integer_inputs import take_integers
 from qcompile.integer_outputs import give_integers
 from qcompile.limits import Limits
 from qcompile.load import Loaded, load_model
-from qcompile.made_up import make_up
+from qcompile.made_up import make_up, make_up_for_import
 from qcompile.names import names_of, shorten_names
-from qcompile.options import check_settings, output_path, weight_only_of
+from qcompile.options import check_import, check_settings, output_path, weight_only_of
 from qcompile.passes import passes_for
 from qcompile.report_file import file_record, peak_rss_mb
 from qcompile.run_passes import run_passes
@@ -54,9 +54,11 @@ class Compiled:
 @dataclass(frozen=True)
 class _Data:
     calibration: Dataset
-    kind: str  # real | synthetic | dynamic
+    kind: str  # real | synthetic | dynamic | imported
     evaluation: Dataset | None
     warnings: tuple[str, ...]
+    real: bool = True  # `calibration` is what the user gave
+    learn: bool = True  # and may change the output
 
 
 def compile_model(
@@ -71,6 +73,7 @@ def compile_model(
     eval_data: str | Path | Dataset | None = None,
     max_drop: float | None = None,
     min_agreement: float | None = None,
+    max_requant_loss: float | None = None,
     ranges: str = "mse",
     effort: str = "default",
     exclude: Sequence[str] = (),
@@ -102,6 +105,8 @@ def compile_model(
     max_drop: the largest drop of top-1 accuracy, in percentage points, that `eval_data` (with labels) must not contradict;
     min_agreement: the least share of samples that keep their class. Where a limit does not hold on one half of `eval_data`,
     layers are raised to 8 bits, then to float, until it does; the verdict is on the other half (`qcompile.fallback`).
+    max_requant_loss: of a model that already holds Q/DQ, the least SQNR in dB of the result against it. Such a model is imported:
+    it keeps its scales and integers where they can be exact, and needs no `data`.
     compare_targets: where target is `any`, effort is not `fast` and there is `eval_data`, also say what `vnni` would have given.
     diagnose: measure each layer's part in the error as well (the report's `layers`); the written bytes stay the same.
     Returns the written path and the report. Raises InputError, ModelError or DataError (exit status 2), PassError (1), and
@@ -128,11 +133,12 @@ def compile_model(
         weight_only=weight_only_of(activations, block, symmetric, spelling, accuracy_level),
     )
     check_settings(settings, max_drop, eval_data is not None, min_agreement)
-    limits = Limits(max_drop, min_agreement)
+    limits = Limits(max_drop, min_agreement, max_requant_loss)
     source = Path(model)
     path = output_path(source, output, bits)
     loaded = load_model(source)
-    given = _open_data(loaded.graph, data, eval_data, samples, preprocess, settings)
+    check_import(settings, loaded.quantised, max_requant_loss)
+    given = _open_data(loaded, data, eval_data, samples, preprocess, settings)
     if max_drop is not None and given.evaluation is not None and not given.evaluation.has_labels:
         raise DataError("--max-drop compares with the true answers; give --eval data with labels")
     _check_excluded(loaded.graph, settings)
@@ -150,7 +156,7 @@ def compile_model(
             given = replace(given, evaluation=judged_on if found.moves else given.evaluation)
         audited = audit(path)
         measured, measured_on = _measure(source, path, given, latency, effort, progress)
-        report = _report(source, path, built, audited, measured, given)
+        report = _report(source, path, built, audited, measured, given, limits)
         report["data"]["evaluation"] = measured_on
         report["seconds"] = round(time.perf_counter() - start, 3)
         report["peak_rss_mb"] = peak_rss_mb()
@@ -165,6 +171,9 @@ def compile_model(
     compiled = Compiled(path, report)
     if found is not None and measured.accuracy is not None:
         compiled = _enforce(compiled, measured.accuracy, limits, found)
+    lost = limits.requant_loss(measured.accuracy)
+    if lost is not None:
+        raise _failed(compiled, lost)
     return compiled
 
 
@@ -207,7 +216,7 @@ class _Compiler:
         context = Context(settings, calibration=lambda: (s.feeds for s in given.calibration))
         context.ranges = {} if ranges is None else ranges
         context.diagnose = self.diagnose
-        context.synthetic = given.kind == "synthetic"
+        context.synthetic = given.kind == "synthetic" or (given.kind == "imported" and not given.learn)
         context.progress = _stages(self.progress, given)
         feeds = [s.feeds for s in islice(given.calibration, 1 if settings.effort == "fast" else _CHECK_FEEDS)]
         steps = passes_for(given.kind if settings.weight_only is None else "weight_only")
@@ -250,7 +259,7 @@ def _discard(path: Path) -> None:
 
 
 def _open_data(
-    graph: Graph,
+    loaded: Loaded,
     data: str | Path | Dataset | None,
     eval_data: str | Path | Dataset | None,
     samples: int | None,
@@ -258,6 +267,7 @@ def _open_data(
     settings: Settings,
 ) -> _Data:
     """Datasets and warnings. Without `data` the calibration is made up; it never comes from `eval_data`."""
+    graph = loaded.graph
     inputs = model_inputs(write_model(graph, constants=False))
 
     def opened(spec: str | Path | Dataset | None, count: int | None) -> Dataset | None:
@@ -267,9 +277,11 @@ def _open_data(
 
     calibration, evaluation = opened(data, samples), opened(eval_data, None)
     if calibration is not None:
-        return _Data(calibration, "real", evaluation, ())
-    made_up = make_up(graph, inputs, settings)
-    return _Data(made_up.dataset, made_up.kind, evaluation, made_up.warnings)
+        return _Data(calibration, "imported" if loaded.quantised else "real", evaluation, ())
+    if loaded.quantised and evaluation is not None:  # for checks alone
+        return _Data(evaluation, "imported", evaluation, (), learn=False)
+    made_up = make_up_for_import(graph, inputs, settings) if loaded.quantised else make_up(graph, inputs, settings)
+    return _Data(made_up.dataset, made_up.kind, evaluation, made_up.warnings, real=False, learn=False)
 
 
 def _check_excluded(graph: Graph, settings: Settings) -> None:
@@ -314,17 +326,19 @@ def _measure(
     if given.evaluation is not None:
         return measure(source, path, given.evaluation, latency=latency, progress=progress), {"kind": "evaluation"}
     own = given.calibration.sample(_OWN_SAMPLES if effort != "fast" else 8)
-    kind = "calibration" if given.kind == "real" else "synthetic"
+    kind = "calibration" if given.real else "synthetic"
     if effort == "fast":
         return measure(source, path, own, latency=latency, rounds=5, slot_seconds=0.01, progress=progress), {"kind": kind}
     return measure(source, path, own, latency=latency, progress=progress), {"kind": kind}
 
 
-def _report(source: Path, path: Path, built: _Built, audited: Audit, measured: Measured, given: _Data) -> dict[str, Any]:
+def _report(
+    source: Path, path: Path, built: _Built, audited: Audit, measured: Measured, given: _Data, limits: Limits
+) -> dict[str, Any]:
     settings, loaded, plan = built.context.settings, built.loaded, built.context.plan
     warnings = [*given.warnings, *measured.warnings]
     if given.evaluation is None:
-        where = "calibration samples" if given.kind == "real" else "synthetic inputs"
+        where = "calibration samples" if given.real else "synthetic inputs"
         warnings.append(f"no --eval: accuracy was measured on {where}")
     return {
         "qcompile": qcompile.__version__,
@@ -333,6 +347,7 @@ def _report(source: Path, path: Path, built: _Built, audited: Audit, measured: M
         "settings": {name: _plain(value) for name, value in asdict(settings).items()},
         "passes": built.rows,
         **_weights(settings, built.context),
+        **_imported(built, measured, limits),
         **({} if plan is None or plan.layers is None else {"layers": [layer.as_json() for layer in plan.layers]}),
         "accuracy": measured.accuracy_json(),
         "latency_ms": measured.latency_json(),
@@ -353,6 +368,16 @@ def _weights(settings: Settings, context: Context) -> dict[str, Any]:
     learned = settings.effort != "fast" and not context.synthetic
     rounding = "second order" if learned else "nearest"
     return {"weights": {"bits": settings.bits, **asdict(settings.weight_only), "rounding": rounding}}
+
+
+def _imported(built: _Built, measured: Measured, limits: Limits) -> dict[str, Any]:
+    """The report's `imported`: what became of a source's own integers; nothing where the source was a float model."""
+    imported = built.context.imported
+    if imported is None:
+        return {}
+    left = next(row["skipped"] for row in built.rows if row["name"] == "quantise_imported")
+    sqnr = None if measured.accuracy is None else measured.accuracy.sqnr_db
+    return {"imported": imported.as_json(left, sqnr, limits.max_requant_loss)}
 
 
 def _plain(value: Any) -> Any:
@@ -376,7 +401,12 @@ def _enforce(compiled: Compiled, accuracy: Accuracy, limits: Limits, found: Foun
         broken = f"{limits}: not held on the {found.best.accuracy.samples} samples to choose by, whatever was raised"
     if broken is None:
         return compiled
+    raise _failed(compiled, broken)
+
+
+def _failed(compiled: Compiled, broken: str) -> LimitError:
+    """Rename the file and say which limit it broke."""
     kept = compiled.path.with_suffix(".failed" + compiled.path.suffix)
     compiled.path.replace(kept)
     compiled.report["output"]["path"] = str(kept)
-    raise LimitError(f"{broken}; the file is kept as {kept}", Compiled(kept, compiled.report))
+    return LimitError(f"{broken}; the file is kept as {kept}", Compiled(kept, compiled.report))

@@ -51,6 +51,16 @@ class PoolSite:
 
 
 @dataclass(eq=False)
+class ProductSite:
+    """An integer MatMul or Mul of two activations; no Add and no pool decides the scale of its result."""
+
+    node: Node
+    left: ScaleClass
+    right: ScaleClass
+    result: ScaleClass
+
+
+@dataclass(eq=False)
 class LinearSite:
     """An integer Conv or Gemm. `result` is None where it ends in float. Its weights' channel axis is `axis`;
     `weight_scale` and `stored`, its scales and integers, are there from `round_weights` on. `output` names the float model's
@@ -126,6 +136,7 @@ class Plan:
     linears: list[LinearSite] = field(default_factory=list)
     adds: list[AddSite] = field(default_factory=list)
     pools: list[PoolSite] = field(default_factory=list)
+    products: list[ProductSite] = field(default_factory=list)
     clamps: list[ClampSite] = field(default_factory=list)
     units: dict[str, float] = field(default_factory=dict)  # of tensors in wide sums, what one step is worth
     searched: bool = False

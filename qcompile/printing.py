@@ -90,6 +90,8 @@ def print_report(report: Mapping[str, Any], out: Console) -> None:
     out.print(_result_table(report))
     for line in (*_float_lines(report), *_worst_lines(report)):
         out.print(line)
+    if report.get("imported"):
+        out.print(_imported_line(report["imported"]))
     if report.get("targets"):
         out.print(_targets_line(report["targets"]))
     for line in _raised_lines(report):
@@ -217,7 +219,7 @@ def _pass_table(passes: Sequence[Mapping[str, Any]]) -> Table:
 def _result_table(report: Mapping[str, Any]) -> Table:
     table = _table("result")
     table.add_column("measure")
-    for column in ("float", "quantised"):
+    for column in ("imported" if report.get("imported") else "float", "quantised"):
         table.add_column(column, justify="right")
     table.add_column("difference", overflow="fold")
     for row in (*_accuracy_rows(report), *_latency_rows(report), *_size_rows(report), *_node_rows(report)):
@@ -283,6 +285,21 @@ def _float_lines(report: Mapping[str, Any]) -> Iterable[str]:
     for entry in fusion.get("leftover") or ():
         alike.setdefault((entry["op"], entry["reason"]), []).append(entry["node"])
     yield from _cut([_leftover_line(op, reason, nodes) for (op, reason), nodes in alike.items()])
+
+
+def _imported_line(imported: Mapping[str, Any]) -> str:
+    """What became of the scales and integers of an imported Q/DQ model."""
+    channels, scales = imported["channels"], imported["scales"]
+    line = f"imported: integers of {channels['kept']} channels kept, {channels['rounded']} rounded again"
+    line += _counted(channels["reasons"])
+    line += f"; {scales['kept']} scales kept, {scales['moved']} moved by up to {100 * scales['largest_move']:.3g} %"
+    for words, counts in (("left float", imported["left_float"]), ("changed", imported["changed"])):
+        line += f"; {words}{_counted(counts)}" if counts else ""
+    return line
+
+
+def _counted(counts: Mapping[str, int]) -> str:
+    return f" ({', '.join(f'{count} x {reason}' for reason, count in counts.items())})" if counts else ""
 
 
 def _targets_line(targets: Mapping[str, Any]) -> str:

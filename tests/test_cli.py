@@ -76,6 +76,7 @@ def test_defaults_reach_the_pipeline(command: Command, pipeline: FakePipeline) -
         "eval_data": None,
         "max_drop": None,
         "min_agreement": None,
+        "max_requant_loss": None,
         "ranges": "mse",
         "effort": "default",
         "exclude": (),
@@ -111,7 +112,7 @@ def test_symmetry_reaches_the_pipeline(flag: str, value: bool, command: Command,
 
 def test_every_option_reaches_the_pipeline(command: Command, pipeline: FakePipeline, tmp_path: Path) -> None:
     args = "-o out.onnx --bits 8 --format qoperator --target vnni --data d.npz --samples 7 --preprocess imagenet --eval e.npz "
-    args += "--max-drop 0.5 --min-agreement .9 "
+    args += "--max-drop 0.5 --min-agreement .9 --max-requant-loss 30 "
     args += "--effort fast --ranges percentile --exclude head --exclude /b/* --opset 17 --inputs-as uint8 --inline --io integer "
     args += "--activations float --block 64 --symmetric --spelling portable --accuracy-level 1 "
     args += "--no-bias-correction --dump-passes dump --seed 3 --no-latency --quiet"
@@ -130,6 +131,7 @@ def test_every_option_reaches_the_pipeline(command: Command, pipeline: FakePipel
         "eval_data": "e.npz",
         "max_drop": 0.5,
         "min_agreement": 0.9,
+        "max_requant_loss": 30.0,
         "ranges": "percentile",
         "effort": "fast",
         "exclude": ("head", "/b/*"),

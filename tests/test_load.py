@@ -167,8 +167,20 @@ Q = "float s = {0.1}, uint8 z = {3}, uint8[2, 2] u = {1, 2, 3, 4}, int8[2, 2] v 
 REFUSED: dict[str, tuple[ModelProto, str]] = {
     "future": (text_model("y = Relu(x)", 99), r"opset 99 is newer than onnxruntime takes"),
     "old": (text_model("y = Relu(x)", 6), r"opset 6 is too old"),
-    "qdq": (
-        text_model("q = QuantizeLinear(x, s, z) y = DequantizeLinear(q, s, z)", constants=Q), r"already quantised: 1 Quantize"
+    "qdq_in_a_body": (
+        text_model(
+            "y = If (t) <then_branch = a () => (float[2, 2] p) { q = QuantizeLinear(x, s, z) p = DequantizeLinear(q, s, z) }, "
+            "else_branch = b () => (float[2, 2] r) { r = Relu(x) }>",
+            constants=Q + ", bool t = {1}",
+        ),
+        r"QuantizeLinear in a body of If, Loop or Scan is not imported",
+    ),
+    "qdq_and_dynamic": (
+        text_model(
+            "a = QuantizeLinear(x, s, z) b = DequantizeLinear(a, s, z) q, c, d = DynamicQuantizeLinear(b) "
+            "y = DequantizeLinear(q, c, d)", constants=Q
+        ),
+        r"already quantised: 1 DynamicQuantizeLinear; only",
     ),
     "weight_only": (
         text_model("w = DequantizeLinear(v, s, o) y = MatMul(x, w)", constants=Q), r"already quantised: 1 DequantizeLinear"
@@ -178,7 +190,7 @@ REFUSED: dict[str, tuple[ModelProto, str]] = {
     ),
     "dynamic": (
         text_model("q, a, b = DynamicQuantizeLinear(x) i = MatMulInteger(q, v, b) y = Cast <to = 1> (i)", constants=Q),
-        r"already quantised: 1 DynamicQuantizeLinear, 1 MatMulInteger \(QDQ import not supported yet\)",
+        r"already quantised: 1 DynamicQuantizeLinear, 1 MatMulInteger; only activations and weights in Q/DQ pairs are imported",
     ),
     "microsoft": (
         text_model("y = com.microsoft.QGemm(u, s, z, v, s, o)", constants=Q, domain="com.microsoft"), r"quantised: 1 QGemm"
@@ -209,6 +221,12 @@ def test_models_that_cannot_be_compiled_say_why(tmp_path: Path, case: tuple[Mode
         load_model(path)
     assert str(caught.value).startswith(str(path))
     assert "\n" not in str(caught.value)
+
+
+def test_a_qdq_model_is_loaded_to_be_imported(tmp_path: Path) -> None:
+    loaded = load_model(saved(tmp_path, text_model("q = QuantizeLinear(x, s, z) y = DequantizeLinear(q, s, z)", constants=Q)))
+    assert loaded.quantised
+    assert not load_model(saved(tmp_path, text_model("y = Relu(x)"))).quantised
 
 
 def test_dequantizing_an_input_is_no_quantised_model(tmp_path: Path) -> None:
