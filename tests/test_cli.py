@@ -84,6 +84,7 @@ def test_defaults_reach_the_pipeline(command: Command, pipeline: FakePipeline) -
         "inputs_as": "float32",
         "inline": False,
         "io": "float",
+        "kernels": "table",
         "activations": "int8",
         "block": None,
         "symmetric": None,
@@ -114,6 +115,7 @@ def test_every_option_reaches_the_pipeline(command: Command, pipeline: FakePipel
     args = "-o out.onnx --bits 8 --format qoperator --target vnni --data d.npz --samples 7 --preprocess imagenet --eval e.npz "
     args += "--max-drop 0.5 --min-agreement .9 --max-requant-loss 30 "
     args += "--effort fast --ranges percentile --exclude head --exclude /b/* --opset 17 --inputs-as uint8 --inline --io integer "
+    args += "--kernels ibert "
     args += "--activations float --block 64 --symmetric --spelling portable --accuracy-level 1 "
     args += "--no-bias-correction --dump-passes dump --seed 3 --no-latency --quiet"
     report = tmp_path / "r.json"
@@ -139,6 +141,7 @@ def test_every_option_reaches_the_pipeline(command: Command, pipeline: FakePipel
         "inputs_as": "uint8",
         "inline": True,
         "io": "integer",
+        "kernels": "ibert",
         "activations": "float",
         "block": 64,
         "symmetric": True,
