@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from qcompile.kernels._protocol import Kernel
+from qcompile.kernels.idivide import IDivide
 from qcompile.kernels.igelu import IGelu
 from qcompile.kernels.ilayernorm import ILayerNorm, IRmsNorm
 from qcompile.kernels.inormalise import INormalise
@@ -16,6 +17,7 @@ from qcompile.kernels.table_exp import TableExp
 KERNELS: tuple[type[Kernel], ...] = (
     DyadicRescale,
     FusedRescale,
+    IDivide,
     IExp,
     IGelu,
     ILayerNorm,

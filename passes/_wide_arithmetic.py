@@ -26,12 +26,7 @@ _TABLE_BITS = 15
 def add(wides: Wides, node: Node) -> None:
     """Add, Sum, Sub: every operand in the step that the plan gives the sum."""
     name = node.outputs[0].name
-    unit = wides.unit(node.outputs[0])
-    if unit is None:
-        known = [wides.of[t].scale for t in node.inputs if t in wides.of]
-        if not known:
-            raise Refusal("it reads a float tensor")
-        unit = min(known)
+    unit = _common_step(wides, node)
     operands = [wides.read(t, unit) for t in node.inputs]
     total = operands[0]
     for index, operand in enumerate(operands[1:]):
@@ -40,6 +35,47 @@ def add(wides: Wides, node: Node) -> None:
         plumb(wides.graph, "Sub" if node.op == "Sub" else "Add", [left.integers, right.integers], result)
         total = Wide(result, unit, left.bound + right.bound)
     wides.set(node, total)
+
+
+def _common_step(wides: Wides, node: Node) -> float:
+    """The step of operands that are added or joined: the plan's, else the finest of them in which all of them keep 2^30."""
+    unit = wides.unit(node.outputs[0])
+    if unit is not None:
+        return unit
+    known = [wides.of[t] for t in node.inputs if t in wides.of]
+    if not known:
+        raise Refusal("it reads a float tensor")
+    narrow = [float(n.scale) * 255 for t in node.inputs if t not in wides.of and (n := wides.narrow(t)) is not None]
+    constants = [float(np.abs(t.array().astype(np.float64)).max(initial=0.0)) for t in node.inputs if isinstance(t, Const)]
+    peak, finest = max([*(w.bound * w.scale for w in known), *narrow, *constants]), min(w.scale for w in known)
+    return finest if not peak > finest * _SUM_MOST else 2.0 ** frexp(peak / _SUM_MOST)[1]
+
+
+def extreme(wides: Wides, node: Node) -> None:
+    """Max, Min: the larger or smaller integers of a common step."""
+    unit = _common_step(wides, node)
+    operands = [wides.read(t, unit) for t in node.inputs]
+    result = wides.value(node.outputs[0].name + "_extreme", node.outputs[0])
+    plumb(wides.graph, node.op, [o.integers for o in operands], result)
+    wides.set(node, Wide(result, unit, max(o.bound for o in operands)))
+
+
+def clip(wides: Wides, node: Node) -> None:
+    """Clip by stored numbers, rounded to steps."""
+    wide, name = wides.read(node.inputs[0]), node.outputs[0].name
+    ends = []
+    for index, (role, missing) in enumerate((("min", -np.inf), ("max", np.inf)), start=1):
+        number = missing if node.input(index) is None else scalar_of(node.input(index))
+        if number is None or np.isnan(number):
+            raise Refusal("it clips to a number that is not stored")
+        steps = int(np.rint(np.clip(number / wide.scale, -INT32_MAX, INT32_MAX)))
+        ends.append((wides.graph.constant(f"{name}_{role}", np.asarray(steps, np.int32)), steps))
+    result = wides.value(name + "_clipped", node.outputs[0])
+    plumb(wides.graph, "Clip", [wide.integers, *(end for end, _ in ends)], result)
+    (_, low), (_, high) = ends
+    # Clip is min(max(x, low), high)
+    bound = max(abs(min(max(v, low), high)) for v in (-wide.bound, wide.bound))
+    wides.set(node, Wide(result, wide.scale, max(1, bound)))
 
 
 def multiply(wides: Wides, node: Node) -> None:
@@ -255,11 +291,7 @@ def _gathered(wides: Wides, node: Node, scale: float) -> Wide:
 
 def concat(wides: Wides, node: Node) -> None:
     """Concat in the step of the sum that it belongs to."""
-    unit = wides.unit(node.outputs[0])
-    known = [wides.of[t].scale for t in node.inputs if t in wides.of]
-    if unit is None and not known:
-        raise Refusal("it reads a float tensor")
-    step = unit if unit is not None else min(known)
+    step = _common_step(wides, node)
     operands = [wides.read(t, step) for t in node.inputs]
     result = wides.value(node.outputs[0].name + "_joined", node.outputs[0])
     plumb(wides.graph, "Concat", [o.integers for o in operands], result, axis=int(node.attr("axis", 0)))
@@ -284,6 +316,9 @@ ARITHMETIC: dict[str, Callable[[Wides, Node], None]] = {
     "Div": divide,
     "Neg": negate,
     "Relu": relu,
+    "Clip": clip,
+    "Max": extreme,
+    "Min": extreme,
     "Pow": square,
     "ReduceSum": reduce_sum,
     "ReduceMean": reduce_mean,

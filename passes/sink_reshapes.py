@@ -6,7 +6,8 @@
 2. Reshape(Reshape(y), t) -> Reshape(y, t'), or y where that is its shape again.
 
 So the stream of tokens of a transformer stays [M, N] between the splits into heads. It must not fire where the last dimension is
-not kept, where a constant or the other operand broadcasts over the leading dimensions, or where shapes are not known to be equal.
+not kept, where a constant or the other operand broadcasts over the leading dimensions, or where shapes are not known to be equal;
+nor inside an RMSNorm that is written out, which would no longer be recognised.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from qcompile.context import Context
 from qcompile.graph import Const, Graph, Node, Tensor, Value
 from qcompile.passes._dims import Dim, Dims, volume
 from qcompile.passes._match import is_op, producer_of, set_type
+from qcompile.passes._norms import find_rms_norms
 from qcompile.passes._shape_values import Shapes
 from qcompile.passes._shape_vector import Targets
 from qcompile.rewrite import Exact, Promise, Report
@@ -74,10 +76,11 @@ class SinkReshapes:
         """One walk in topological order: what sinks behind a node is met again at the nodes that read it."""
         report = Report()
         sink = _Sink(graph, Shapes(graph))
+        norms = {step for norm in find_rms_norms(graph) for step in norm.steps}
         for node in list(graph.nodes):
             if is_op(node, "Reshape", "Flatten"):
                 report.rewrites += sink.merge(node)
-            elif is_op(node, *_ROWWISE, *_ELEMENTWISE):
+            elif is_op(node, *_ROWWISE, *_ELEMENTWISE) and node not in norms:
                 report.rewrites += sink.move(node)
         graph.cleanup()
         return report

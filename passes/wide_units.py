@@ -15,8 +15,9 @@ from math import frexp, sqrt
 import numpy as np
 
 from qcompile.context import Context
-from qcompile.graph import Const, Graph, Node, Value
+from qcompile.graph import Array, Graph, Node
 from qcompile.passes._match import is_op
+from qcompile.passes._norms import find_rms_norms
 from qcompile.passes._wide_sums import NORMS, WideSum, wide_sums
 from qcompile.plan import LinearSite
 from qcompile.rewrite import Exact, Promise, Report
@@ -38,8 +39,9 @@ class WideUnits:
             return Report()
         graph.infer_shapes()
         sites = {site.node: site for site in plan.linears}
+        rms = {n.output.producer: reach_of(n.gamma, None) for n in find_rms_norms(graph) if n.output.producer is not None}
         for found in wide_sums(graph):
-            unit = _unit(found, sites)
+            unit = _unit(found, sites, rms)
             if unit is None:
                 continue
             plan.units.update((t.name, float(unit)) for t in found.tensors)
@@ -49,11 +51,14 @@ class WideUnits:
         return Report()
 
 
-def _unit(found: WideSum, sites: dict[Node, LinearSite]) -> np.float32 | None:
-    """The step of one sum, a power of two times a few bits; None where nothing in it is known (a sum of unknown tensors)."""
-    reach = [largest(node, sites) for node in found.sources]
-    reach += [float(np.abs(c.array()).max(initial=0.0)) for c in found.constants]
+def _unit(found: WideSum, sites: dict[Node, LinearSite], rms: dict[Node, float]) -> np.float32 | None:
+    """The step of one sum, a power of two; None where none of its sources is known: a constant beside them may be an epsilon."""
+    reach = [rms.get(node, largest(node, sites)) for node in found.sources]
+    constants = [float(np.abs(c.array()).max(initial=0.0)) for c in found.constants]
     known: list[float] = [r for r in reach if r is not None and r > 0]
+    if found.sources and not known:
+        return None
+    known += [c for c in constants if c > 0]
     if not known:
         return None
     # A power of two: the steps of LayerNormalization and of tables then divide it without remainder.
@@ -82,10 +87,10 @@ def norm_reach(node: Node) -> float | None:
     gamma, beta = node.constant(1), node.constant(2)
     if gamma is None or (node.input(2) is not None and beta is None):
         return None
-    scale = float(np.abs(gamma.array()).max(initial=0.0)) * sqrt(_length(gamma))
-    return scale + (0.0 if beta is None else float(np.abs(beta.array()).max(initial=0.0)))
+    return reach_of(gamma.array(), None if beta is None else beta.array())
 
 
-def _length(gamma: Const | Value) -> int:
-    assert gamma.dims is not None
-    return int(np.prod([d for d in gamma.dims if isinstance(d, int)], dtype=np.int64))
+def reach_of(gamma: Array, beta: Array | None) -> float:
+    """sqrt(d) max |gamma| + max |beta| of arrays."""
+    most = sqrt(gamma.size) * float(np.abs(gamma).max(initial=0.0))
+    return most + (0.0 if beta is None else float(np.abs(beta).max(initial=0.0)))

@@ -48,13 +48,24 @@ def kernel_operands(graph: Graph, settings: Settings) -> Iterator[tuple[Node, in
             continue
         if node.op == "MatMul":
             yield from _product_operands(node)
-        elif node.op in TABULATED and _float(node.inputs[0]) and not (settings.format == "qoperator" and is_head(graph, node)):
-            yield node, 0
+        elif node.op in TABULATED and _float(node.inputs[0]):
+            stays = _in_norm(node) or (settings.format == "qoperator" and is_head(graph, node))
+            yield from () if stays else ((node, 0),)
 
 
 def is_head(graph: Graph, node: Node) -> bool:
     """Whether `node` makes a result of the model as such, which `qoperator` leaves in float."""
     return node.op in _HEADS and graph.is_output(node.outputs[0])
+
+
+def _in_norm(node: Node) -> bool:
+    """Whether it is the root of a mean of squares, or its reciprocal: the kernels of norms compute those."""
+    added = node.inputs[0].producer
+    if node.op == "Reciprocal" and added is not None and added.op == "Sqrt":
+        return _in_norm(added)
+    if node.op not in ("Sqrt", "Reciprocal") or added is None or added.op != "Add":
+        return False
+    return any(t.producer is not None and t.producer.op == "ReduceMean" for t in added.inputs)
 
 
 def _product_operands(node: Node) -> Iterator[tuple[Node, int]]:

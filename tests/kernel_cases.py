@@ -13,6 +13,7 @@ import numpy.typing as npt
 from qcompile.kernels import (
     DyadicRescale,
     FusedRescale,
+    IDivide,
     IExp,
     IGelu,
     ILayerNorm,
@@ -128,6 +129,25 @@ def _normalise(kernel: INormalise) -> Case:
         halves = ties // (2 * kernel.multiplier) * np.arange(-255, 256, 2)
         empty = np.zeros((1, 50), np.int64), np.zeros((1, 1), np.int64)
         pairs = [(context, total), empty, *([(halves, ties)] if ties.max() <= largest else [])]
+        return [tuple(part.astype(np.int32) for part in pair) for pair in pairs]
+
+    return Case(kernel, inputs)
+
+
+def _divide(kernel: IDivide) -> Case:
+    """Halves of both signs with their neighbours, the largest sums by the smallest and the largest counts, counts below 1."""
+
+    def inputs() -> list[tuple[Array, ...]]:
+        rng = np.random.default_rng(5)
+        most = kernel.most
+        count = rng.integers(1, most, (ELEMENTS // 50, 1), endpoint=True) >> rng.integers(0, 30, (ELEMENTS // 50, 1))
+        count[:6, 0] = (1, 2, 3, most - 1, most, 128)
+        halves = (2 * rng.integers(-(2**12), 2**12, (len(count), 25)) + 1) * count // 2
+        near = np.clip(halves + rng.integers(-1, 1, halves.shape, endpoint=True), -most, most)
+        anywhere = rng.integers(-most, most, (len(count), 23), endpoint=True)
+        ends = np.repeat([[-most, most]], len(count), 0)
+        masked = np.zeros((4, 1, 3), np.int64), np.array([0, -1, INT32.min, 1]).reshape(4, 1, 1)  # nothing to count
+        pairs = [(np.concatenate([near, anywhere, ends], 1), count), masked]
         return [tuple(part.astype(np.int32) for part in pair) for pair in pairs]
 
     return Case(kernel, inputs)
@@ -293,6 +313,7 @@ CASES: dict[str, Case] = {
     "IGelu tanh 0.05": _gelu(IGelu(0.05, tanh=True)),
     **{f"INormalise {n}": _normalise(INormalise(0.02, longest=n)) for n in (1, 128, 512, 8192)},
     **{f"INormalise any, {n}": _normalise(INormalise(0.02, longest=n, any_length=True)) for n in (1, 512, 8192)},
+    **{f"IDivide {s:g}": _divide(IDivide(s)) for s in (1.0, 2.0**-20)},
     "Table Sigmoid": _table_of("Sigmoid", 1 / 256, 0),
     "Table Silu": _table_of("Silu"),
     "Table Gelu int8 to int8": _table_of("Gelu", zx=-3, zy=-120, input_type=np.int8, output_type=np.int8),
