@@ -105,7 +105,6 @@ def count_text(value: int) -> str:
 
 
 def three_figures(value: float) -> str:
-    """Three significant figures, as a measured time has."""
     """Three significant digits without an exponent: 0.0177, 4.51, 123."""
     decimals = 0
     while decimals < 6 and abs(value) * 10**decimals < 99.5:
