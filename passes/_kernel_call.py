@@ -29,7 +29,11 @@ def kernel_call(
     node = graph.node(kernel.name, [*inputs, *constants], [result], domain=DOMAIN, **attributes)
     node.name = ""  # the metadata say whose arithmetic it is
     node.source = NodeProto()
-    for key, value in {"source": name, **(notes or {})}.items():
+    scales = {"scale_y": repr(kernel.output_scale)} if notes is None else notes
+    given = getattr(kernel, "input_scale", getattr(kernel, "scale", None)) if notes is None else None
+    if given is not None:
+        scales = {"scale_x": repr(float(given)), **scales}
+    for key, value in {"source": name, **scales}.items():
         node.source.metadata_props.add(key=f"qcompile.{key}", value=value)
     return node
 
