@@ -17,7 +17,7 @@ from passes_helpers import parse
 from runtime_marks import needs_conv_integer
 
 from qcompile.certificate import certify
-from qcompile.errors import InputError, ModelError
+from qcompile.errors import InputError
 from qcompile.graph import Graph
 from qcompile.integer_outputs import DequantisedOutputs, give_integers
 from qcompile.interpret import Interpreter
