@@ -394,9 +394,3 @@ def test_usage_errors(
     status, _, err = command("check", models["a"], models["b"], "--eval", data, "--no-latency", *args)
     assert status == 2
     assert re.search(said, err)
-
-
-def test_the_python_interface() -> None:
-    import qcompile
-
-    assert qcompile.check_models is check_models

@@ -53,3 +53,10 @@ def test_the_script_runs_anywhere(folder: str) -> None:
         pytest.skip(f"{script} is absent: not installed for this Python")
     done = subprocess.run([str(script), "--version"], capture_output=True, text=True, timeout=60, cwd=folder)
     assert (done.returncode, done.stdout, done.stderr) == (0, f"qcompile {qcompile.__version__}\n", "")
+
+
+def test_check_is_part_of_the_python_interface() -> None:
+    import qcompile
+    from qcompile.checking import check_models
+
+    assert qcompile.check_models is check_models
