@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import onnx
 import pytest
 from core_models import sqnr
+from exactness_helpers import MODELS, ZOO, zoo_tasks
 from kernel_models import GatherElements
 from onnx import inliner
 from onnx.reference import ReferenceEvaluator
@@ -24,7 +26,6 @@ from qcompile.interpret import Interpreter
 from qcompile.pipeline import compile_model
 from qcompile.runtime import Optimisation, Session
 
-MODELS = Path(__file__).resolve().parents[1] / "models"
 SPECS = {
     "pre, no mask": Spec(),
     "pre, no mask, dynamic": Spec(length=None),
@@ -189,3 +190,22 @@ def test_a_loop_with_exp_is_refused_with_its_name(tmp_path: Path) -> None:
             latency=False,
         )
     assert not (tmp_path / "i.onnx").exists()
+
+
+# --- real models ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.zoo
+def test_vit_mnist(tmp_path: Path) -> None:
+    tasks = zoo_tasks()
+    model = ZOO / "vit_mnist" / "model.onnx"
+    options: dict[str, Any] = {"data": f"{ZOO / 'tasks.py'}:vit_mnist_calib", "samples": 32, "effort": "fast", "latency": False}
+    paths = {f: compile_model(model, tmp_path / f"{f}.onnx", format=f, **options).path for f in ("qoperator", "integer")}
+    assert certify(paths["integer"]).integer_only
+    feeds = [f for f, _ in islice(tasks.vit_mnist_eval(), 100)]
+    expected = outputs(Interpreter(paths["integer"]), feeds[:3])
+    for path in paths.values():
+        for level in (Optimisation.OFF, Optimisation.ALL):
+            assert_same(expected, Session(path, optimisation=level), feeds[:3])
+    real, made = (outputs(Session(p), feeds) for p in (model, paths["integer"]))
+    assert np.mean([a.argmax() == b.argmax() for a, b in zip(real, made, strict=True)]) >= 0.99
