@@ -141,6 +141,30 @@ def test_functions_written_out_give_the_same_bits(tmp_path: Path) -> None:
     assert_same(outputs(Session(models(name)[1]), list(feeds)), Session(inline), feeds)
 
 
+def test_zero_channels_and_constant_activations(tmp_path: Path) -> None:
+    """A layer of zeros, channels of zeros, a norm without gain and inputs that never change: nothing divides by zero."""
+    model = transformer(Spec())
+    for tensor in model.graph.initializer:
+        values = onnx.numpy_helper.to_array(tensor).copy()
+        if tensor.name in ("Ao_w", "Ao_b", "Cn2g"):
+            values[...] = 0
+        elif tensor.name in ("Aq_w", "Cf_w", "Cg_w", "wy"):
+            values[..., ::3] = 0
+        tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+    onnx.save(model, tmp_path / "float.onnx")
+    np.savez(tmp_path / "data.npz", x=np.full((8, 8, 12), 0.5, np.float32))
+    options: dict[str, Any] = {"data": tmp_path / "data.npz", "effort": "fast", "latency": False}
+    paths = [compile_model(tmp_path / "float.onnx", tmp_path / f, format=f, **options).path for f in ("qoperator", "integer")]
+    feeds = [{"x": np.full((2, 8, 12), 0.5, np.float32)}, feed(Spec(), [8, 8], 3)]
+    expected = outputs(Interpreter(paths[1]), list(feeds))
+    assert all(np.isfinite(y).all() for y in expected)
+    for path in paths:
+        for level in (Optimisation.OFF, Optimisation.ALL):
+            assert_same(expected, Session(path, optimisation=level), feeds)
+    real = outputs(Session(model), list(feeds[:1]))[0]
+    np.testing.assert_allclose(expected[0], real, atol=0.05 * float(np.abs(real).max()))
+
+
 # --- onnx's own evaluator -------------------------------------------------------------------------------------
 
 
