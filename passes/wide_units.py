@@ -52,15 +52,13 @@ class WideUnits:
 
 
 def _unit(found: WideSum, sites: dict[Node, LinearSite], rms: dict[Node, float]) -> np.float32 | None:
-    """The step of one sum, a power of two; None where none of its sources is known: a constant beside them may be an epsilon."""
+    """The step of one sum, a power of two; None where all that is known of it are single numbers: one may be an epsilon."""
     reach = [rms.get(node, largest(node, sites)) for node in found.sources]
-    constants = [float(np.abs(c.array()).max(initial=0.0)) for c in found.constants]
+    reach += [float(np.abs(c.array()).max(initial=0.0)) for c in found.constants if c.array().size > 1]  # tables, biases
     known: list[float] = [r for r in reach if r is not None and r > 0]
-    if found.sources and not known:
-        return None
-    known += [c for c in constants if c > 0]
     if not known:
         return None
+    known += [float(np.abs(c.array()).max(initial=0.0)) for c in found.constants]
     # A power of two: the steps of LayerNormalization and of tables then divide it without remainder.
     unit: np.float32 = np.float32(2.0 ** (frexp(max(known))[1] - _OPERAND_BITS))
     return unit

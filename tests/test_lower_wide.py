@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import onnx
 import pytest
 from core_models import sqnr
+from exactness_helpers import MODELS, ZOO, zoo_tasks
 from kernel_models import GatherElements
 from onnx import inliner
 from onnx.reference import ReferenceEvaluator
@@ -24,7 +26,6 @@ from qcompile.interpret import Interpreter
 from qcompile.pipeline import compile_model
 from qcompile.runtime import Optimisation, Session
 
-MODELS = Path(__file__).resolve().parents[1] / "models"
 SPECS = {
     "pre, no mask": Spec(),
     "pre, no mask, dynamic": Spec(length=None),
@@ -140,6 +141,30 @@ def test_functions_written_out_give_the_same_bits(tmp_path: Path) -> None:
     assert_same(outputs(Session(models(name)[1]), list(feeds)), Session(inline), feeds)
 
 
+def test_zero_channels_and_constant_activations(tmp_path: Path) -> None:
+    """A layer of zeros, channels of zeros, a norm without gain and inputs that never change: nothing divides by zero."""
+    model = transformer(Spec())
+    for tensor in model.graph.initializer:
+        values = onnx.numpy_helper.to_array(tensor).copy()
+        if tensor.name in ("Ao_w", "Ao_b", "Cn2g"):
+            values[...] = 0
+        elif tensor.name in ("Aq_w", "Cf_w", "Cg_w", "wy"):
+            values[..., ::3] = 0
+        tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+    onnx.save(model, tmp_path / "float.onnx")
+    np.savez(tmp_path / "data.npz", x=np.full((8, 8, 12), 0.5, np.float32))
+    options: dict[str, Any] = {"data": tmp_path / "data.npz", "effort": "fast", "latency": False}
+    paths = [compile_model(tmp_path / "float.onnx", tmp_path / f, format=f, **options).path for f in ("qoperator", "integer")]
+    feeds = [{"x": np.full((2, 8, 12), 0.5, np.float32)}, feed(Spec(), [8, 8], 3)]
+    expected = outputs(Interpreter(paths[1]), list(feeds))
+    assert all(np.isfinite(y).all() for y in expected)
+    for path in paths:
+        for level in (Optimisation.OFF, Optimisation.ALL):
+            assert_same(expected, Session(path, optimisation=level), feeds)
+    real = outputs(Session(model), list(feeds[:1]))[0]
+    np.testing.assert_allclose(expected[0], real, atol=0.05 * float(np.abs(real).max()))
+
+
 # --- onnx's own evaluator -------------------------------------------------------------------------------------
 
 
@@ -189,3 +214,22 @@ def test_a_loop_with_exp_is_refused_with_its_name(tmp_path: Path) -> None:
             latency=False,
         )
     assert not (tmp_path / "i.onnx").exists()
+
+
+# --- real models ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.zoo
+def test_vit_mnist(tmp_path: Path) -> None:
+    tasks = zoo_tasks()
+    model = ZOO / "vit_mnist" / "model.onnx"
+    options: dict[str, Any] = {"data": f"{ZOO / 'tasks.py'}:vit_mnist_calib", "samples": 32, "effort": "fast", "latency": False}
+    paths = {f: compile_model(model, tmp_path / f"{f}.onnx", format=f, **options).path for f in ("qoperator", "integer")}
+    assert certify(paths["integer"]).integer_only
+    feeds = [f for f, _ in islice(tasks.vit_mnist_eval(), 100)]
+    expected = outputs(Interpreter(paths["integer"]), feeds[:3])
+    for path in paths.values():
+        for level in (Optimisation.OFF, Optimisation.ALL):
+            assert_same(expected, Session(path, optimisation=level), feeds[:3])
+    real, made = (outputs(Session(p), feeds) for p in (model, paths["integer"]))
+    assert np.mean([a.argmax() == b.argmax() for a, b in zip(real, made, strict=True)]) >= 0.99

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx
 import pytest
 from passes_helpers import check_pass, floats, ops, parse
 
-from qcompile.graph import Array
+from qcompile.context import Context
+from qcompile.graph import Array, Graph
+from qcompile.passes._norms import find_rms_norms
 from qcompile.passes.sink_reshapes import SinkReshapes
 
 LINEAR = """
@@ -103,3 +106,23 @@ def test_sizes_not_known_to_match_are_left_alone() -> None:
     )
     report, _ = check_pass(SinkReshapes(), model, {"x": floats(10, 6)})
     assert report.rewrites == 0
+
+
+def test_an_rms_norm_written_out_stays_whole() -> None:
+    """Kernels of norms are found by the pattern; a Reshape between its square and its mean would hide it."""
+    model = parse(
+        """g (float[2, 3, 4] x) => (float[2, 3, 4] y) {
+            rows = Reshape(x, flat) z = MatMul(rows, w) t = Reshape(z, back)
+            s = Mul(t, t) m = ReduceMean(s, last) n = Add(m, eps) r = Sqrt(n) d = Div(t, r) y = Mul(d, g)
+        }""",
+        flat=np.array([-1, 4]),
+        back=np.array([2, 3, 4]),
+        w=floats(4, 4),
+        last=np.array([-1]),
+        eps=np.float32(1e-5),
+        g=floats(4),
+    )
+    graph = Graph.from_proto(onnx.shape_inference.infer_shapes(model))
+    assert len(list(find_rms_norms(graph))) == 1
+    assert SinkReshapes().run(graph, Context()).rewrites == 0
+    assert len(list(find_rms_norms(graph))) == 1
