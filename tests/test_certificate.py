@@ -195,7 +195,18 @@ def test_inspect_names_floats(tmp_path: Path, capfd: pytest.CaptureFixture[str])
 
 
 def test_the_command_line_refuses_what_stays_float(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    path, data = str(MODELS / "digits_vit.onnx"), str(MODELS / "digits_calib.npz")
-    options = ["--format", "integer", "--effort", "fast", "--no-latency", "--quiet", "--data", data]
-    status, _, err = run(path, *options, "-o", str(tmp_path / "i.onnx"), capfd=capfd)
-    assert status == 2 and "leaves no float between the ends" in err and err.count("\n") == 1
+    text = """<ir_version: 9, opset_import: ["" : 17]> g (float[n, 8] x) => (float[n, 8] y)
+        {h = MatMul(x, a)
+         logs = LogSoftmax(h)
+         y = MatMul(logs, b)}"""
+    model = onnx.parser.parse_model(text)
+    rng = np.random.default_rng(0)
+    for name in "ab":
+        weight = rng.standard_normal((8, 8)).astype(np.float32)
+        model.graph.initializer.append(onnx.numpy_helper.from_array(weight, name))
+    onnx.save(model, tmp_path / "m.onnx")
+    np.savez(tmp_path / "d.npz", x=rng.standard_normal((32, 8)).astype(np.float32))
+    options = ["--format", "integer", "--effort", "fast", "--no-latency", "--quiet", "--data", str(tmp_path / "d.npz")]
+    status, _, err = run(str(tmp_path / "m.onnx"), *options, "-o", str(tmp_path / "i.onnx"), capfd=capfd)
+    assert status == 2 and "LogSoftmax" in err and "leaves no float between the ends" in err and err.count("\n") == 1
+    assert not (tmp_path / "i.onnx").exists()
