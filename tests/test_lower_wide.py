@@ -16,7 +16,7 @@ from exactness_helpers import MODELS, ZOO, zoo_tasks
 from kernel_models import GatherElements
 from onnx import inliner
 from onnx.reference import ReferenceEvaluator
-from runtime_marks import needs_conv_integer
+from runtime_marks import needs_conv_integer, needs_empty_products
 from wide_models import Spec, feed, outputs, samples, transformer, written
 
 from qcompile.certificate import certify
@@ -98,6 +98,7 @@ def test_padding_does_not_change_a_bit(name: str) -> None:
         np.testing.assert_array_equal(next(iter(session.run(alone).values()))[0], together[row])
 
 
+@needs_empty_products
 @every_spec
 def test_no_rows_and_rows_with_nothing_in_them(name: str) -> None:
     spec = SPECS[name]

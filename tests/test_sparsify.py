@@ -10,6 +10,7 @@ import onnx
 import pytest
 from core_models import core_context, float_outputs, floats, images, model, outputs, sqnr
 from onnx import ModelProto, TensorProto, numpy_helper
+from runtime_marks import needs_conv_integer
 
 from qcompile import compile_model
 from qcompile.audit import audit
@@ -191,6 +192,7 @@ def test_compressed_weights_are_as_small_as_promised(tmp_path: Path, bits: int) 
         assert 8 * (len(values.raw_data) + len(indices.raw_data)) / weights == (5 if bits == 8 else 3)
 
 
+@needs_conv_integer
 def test_the_integer_format_and_the_interpreter_agree(tmp_path: Path) -> None:
     paths = {f: tmp_path / f"{f}.onnx" for f in ("qoperator", "integer")}
     for format_, path in paths.items():
