@@ -13,7 +13,5 @@ needs_conv_integer = pytest.mark.skipif(
     not runs_signed_conv_integer(),
     reason="this onnxruntime has no ConvInteger for int8 weights: --format integer refuses convolutions",
 )
-needs_epsilon_first = pytest.mark.skipif(
-    _OLD, reason="onnxruntime 1.23 loses an epsilon that stands first when it fuses the source itself"
-)
+needs_epsilon_first = pytest.mark.skipif(_OLD, reason="onnxruntime 1.23 loses an epsilon that stands first")
 needs_empty_products = pytest.mark.skipif(_OLD, reason="MatMul of no rows fails in onnxruntime 1.23")
