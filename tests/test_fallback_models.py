@@ -235,6 +235,7 @@ def test_a_real_model_at_4_bits_is_raised_until_it_agrees(tmp_path: Path) -> Non
         effort="fast",
         eval_data=f"{tasks}:resnet20_cifar10_eval",
         min_agreement=0.97,
+        on_inconclusive="pass",  # 250 samples cannot confirm .97
         latency=False,
     )
     fallback = made.report["fallback"]
