@@ -17,20 +17,6 @@ from qcompile.passes import passes_for
 from qcompile.pipeline import Compiled, compile_model
 from qcompile.runtime import Session
 
-SPELLINGS: dict[str, dict[str, Any]] = {
-    "u8s8": {},
-    "u8s8_per_tensor": {"per_channel": False},
-    "s8s8_symmetric": {"activations": "int8", "symmetric": True},
-    "s8s8": {"activations": "int8"},
-    "fake_quantised_weights": {"weights": "fake"},
-    "relu_in_the_range": {"relu": False},
-    "batch_norm": {"norm": True, "weights": "fake"},
-    "int32_bias": {"int32_bias": True},
-    "float_logits": {"ends": False},
-    "no_add": {"add": False},
-    "narrow_integers": {"narrow": (0, 90)},
-}
-
 
 def imported(model: ModelProto, **settings: Any) -> tuple[Graph, Context]:
     """Through all passes of an import, without the checks of the pipeline."""

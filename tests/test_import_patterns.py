@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from fractions import Fraction
-from typing import Any
 
 import numpy as np
 import pytest
@@ -19,20 +18,6 @@ from qcompile.interpret import Interpreter
 from qcompile.passes import passes_for
 from qcompile.passes.lower_qoperator import LowerQOperator
 from qcompile.runtime import Optimisation, Session
-
-SPELLINGS: dict[str, dict[str, Any]] = {
-    "u8s8": {},
-    "u8s8_per_tensor": {"per_channel": False},
-    "s8s8_symmetric": {"activations": "int8", "symmetric": True},
-    "s8s8": {"activations": "int8"},
-    "fake_quantised_weights": {"weights": "fake"},
-    "relu_in_the_range": {"relu": False},
-    "batch_norm": {"norm": True, "weights": "fake"},
-    "int32_bias": {"int32_bias": True},
-    "float_logits": {"ends": False},
-    "no_add": {"add": False},
-    "narrow_integers": {"narrow": (0, 90)},
-}
 
 
 def test_a_matmul_with_its_bias_behind_a_pair_becomes_one_gemm() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import numpy as np
@@ -54,14 +53,3 @@ def test_max_pool_padding_never_wins() -> None:
     x = np.full((1, 1, 2, 2), -128, np.int8)
     window = Window.from_attributes({"pads": [1, 1, 1, 1]}, (2, 2), (2, 2))
     assert np.array_equal(max_pool(x, window), np.full((1, 1, 3, 3), -128))
-
-
-def test_mobilenet_like_convolutions_take_about_a_second() -> None:
-    """A pointwise and a depthwise layer of MobileNetV1's size, times their number; generous for a busy machine."""
-    rng = np.random.default_rng(0)
-    x = rng.integers(-128, 128, (1, 192, 28, 28))
-    point, depth = rng.integers(-127, 128, (192, 192, 1, 1)), rng.integers(-127, 128, (192, 1, 3, 3))
-    started = time.perf_counter()
-    convolve(x, point, Window.from_attributes({}, (1, 1), (28, 28)))
-    convolve(x, depth, Window.from_attributes({"pads": [1, 1, 1, 1]}, (3, 3), (28, 28)), 192)
-    assert 11 * (time.perf_counter() - started) < 5

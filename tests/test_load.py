@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import time
 from pathlib import Path
 
 import numpy as np
@@ -45,11 +44,7 @@ def saved(tmp_path: Path, model: ModelProto) -> Path:
 @pytest.mark.parametrize("task", TASKS)
 def test_real_models_load(task: str) -> None:
     path = ZOO / task / "model.onnx"
-    newest_opset()  # found once a process
-    start = time.perf_counter()
     loaded = load_model(path)
-    seconds = time.perf_counter() - start
-    assert seconds < (6.0 if task == "minilm_sst2" else 2.0)  # 0.8 and under 0.2 on an idle machine
     model = loaded.graph.to_proto()
     onnx.checker.check_model(model)
     assert (model.ir_version, loaded.graph.opset()) == (10, 21)
