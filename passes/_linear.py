@@ -68,6 +68,18 @@ def linear_at(graph: Graph, tensor: Tensor | None) -> Linear | None:
     return linear
 
 
+def with_bias(graph: Graph, node: Node) -> Linear | None:
+    """`linear_at` from its first node: `node` with the Add of its bias; None where a MatMul has none."""
+    output: Tensor = node.outputs[0]
+    if node.op == "MatMul":
+        readers = output.consumers
+        if len(readers) != 1 or not is_op(readers[0], "Add"):
+            return None
+        output = readers[0].outputs[0]
+    linear = linear_at(graph, output)
+    return linear if linear is not None and linear.node is node else None
+
+
 def _channels(node: Node, weight: Const) -> int:
     if node.op == "ConvTranspose":
         return weight.dims[1] * int(node.attr("group", 1))

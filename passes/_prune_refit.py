@@ -18,7 +18,7 @@ import numpy as np
 from qcompile import compensation
 from qcompile.graph import Array, Graph, Node, Tensor, Value
 from qcompile.moments import rows_of
-from qcompile.passes._linear import Linear, bias_of, linear_at, write
+from qcompile.passes._linear import Linear, bias_of, with_bias, write
 from qcompile.passes._match import is_op
 from qcompile.passes._prune_scores import weight_rows
 from qcompile.passes.round_weights import weight_tensor
@@ -78,7 +78,7 @@ class Refit:
         same = all(a.shape == b.shape and np.array_equal(a, b) for a, b in zip(exact, noisy, strict=True))
         if same or len(noisy) < 2 or columns.size > compensation.WIDEST:
             return False
-        linear = _linear(self.graph, node)
+        linear = with_bias(self.graph, node)
         bias = None if linear is None else bias_of(linear)
         wanted = weight_rows(original, old.array())[rows]
         folds = self._folds(original, node, wanted, exact, noisy, self._skips(linear, rows))
@@ -138,17 +138,6 @@ class Refit:
             known = sums[index % 2]
             sums[index % 2] = part if known is None else known + part
         return [s for s in sums if s is not None]
-
-
-def _linear(graph: Graph, node: Node) -> Linear | None:
-    output: Tensor = node.outputs[0]
-    if node.op == "MatMul":
-        readers = output.consumers
-        if len(readers) != 1 or not is_op(readers[0], "Add"):
-            return None
-        output = readers[0].outputs[0]
-    linear = linear_at(graph, output)
-    return linear if linear is not None and linear.node is node else None
 
 
 def _fit(kept: Array, folds: list[_Sums]) -> Array:

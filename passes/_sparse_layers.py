@@ -8,7 +8,7 @@ import numpy as np
 
 from qcompile.context import Context
 from qcompile.graph import Array, Const, Graph, Node, Tensor, Value
-from qcompile.passes._linear import Linear, linear_at
+from qcompile.passes._linear import Linear, with_bias
 from qcompile.passes._match import is_op
 from qcompile.passes.round_weights import weight_matrix, weight_tensor
 from qcompile.rewrite import Report
@@ -67,7 +67,7 @@ def sparse_layers(graph: Graph, context: Context, rule: Rule, report: Report) ->
         weight = node.constant(1)
         assert weight is not None
         axis = 1 if is_op(node, "MatMul") or (is_op(node, "Gemm") and not node.attr("transB", 0)) else 0
-        found.append(SparseLayer(node, weight, axis, node.attr("group", 1) if node.op == "Conv" else 1, _with_bias(graph, node)))
+        found.append(SparseLayer(node, weight, axis, node.attr("group", 1) if node.op == "Conv" else 1, with_bias(graph, node)))
     return found
 
 
@@ -106,17 +106,6 @@ def _refusal(graph: Graph, node: Node, rule: Rule) -> str | None:
         if width % rule.block:
             return f"its input channels do not divide into blocks of {rule.block}"
     return None
-
-
-def _with_bias(graph: Graph, node: Node) -> Linear | None:
-    output: Tensor = node.outputs[0]
-    if node.op == "MatMul":
-        readers = output.consumers
-        if len(readers) != 1 or not is_op(readers[0], "Add"):
-            return None
-        output = readers[0].outputs[0]
-    linear = linear_at(graph, output)
-    return linear if linear is not None and linear.node is node else None
 
 
 def _is_table(node: Node) -> bool:

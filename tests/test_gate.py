@@ -16,8 +16,6 @@ from onnx import parser
 
 from qcompile.checking import Checked, check_models
 from qcompile.ci_reports import append_summary, github_annotations, github_summary, junit_xml, write_junit
-from qcompile.cli import cli
-from qcompile.command_group import run
 from qcompile.errors import DataError, InputError, LimitError, ModelError
 from qcompile.gate import Gate, judge_latency
 from qcompile.latency import Latency, Ratio
@@ -341,16 +339,6 @@ def test_github(models: dict[str, Path], data: str, tmp_path: Path) -> None:
 
 
 # ---- the command line ----
-@pytest.fixture
-def command(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    def call(*args: object) -> tuple[int, str, str]:
-        status = run(cli, [str(a) for a in args])
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return call
-
-
 def test_exit_statuses(
     command: Callable[..., tuple[int, str, str]],
     models: dict[str, Path],
