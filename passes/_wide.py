@@ -193,7 +193,9 @@ class Wides:
             dyadic_rescale(self.graph, wide.integers, b, c, y.zero_point, result, y.elem_type, name, notes)
             return
         numerators = tuple(int(v) for v in b.reshape(-1))
-        kernel = FusedRescale(numerators, (c,) * len(numerators), y.zero_point, "int8" if y.signed else "uint8")
+        kind, dims = "int8" if y.signed else "uint8", wide.integers.dims or ()
+        columns = dims[1] if len(dims) == 2 and isinstance(dims[1], int) else 0
+        kernel = FusedRescale(numerators, (c,) * len(numerators), y.zero_point, kind, columns=columns)
         kernel_call(self.graph, kernel, [wide.integers], result, name, notes)
 
     def dequantise(self, wide: Wide, result: Value) -> None:

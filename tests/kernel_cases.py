@@ -315,6 +315,8 @@ CASES: dict[str, Case] = {
     "FusedRescale": _rescale(FusedRescale((65,), (16,), 131), runtime_only=True),
     "FusedRescale int8": _rescale(FusedRescale((77,), (9,), -128, "int8"), runtime_only=True),
     "FusedRescale channels": _rescale(FusedRescale(*_CHANNELS, 128), (3, 40, 24), runtime_only=True),
+    "FusedRescale matrix": _rescale(FusedRescale(*_CHANNELS, 128, columns=24), (400, 24), runtime_only=True),
+    "FusedRescale matrix int8, one b": _rescale(FusedRescale((77,), (9,), -128, "int8", columns=7), (900, 7), runtime_only=True),
     **{f"RatioRescale {p}/{q}": _ratio(RatioRescale(p, q, 131)) for p, q in ((1, 1), (1, 1023), (7, 255), (10**9, 3))},
     "RatioRescale int8": _ratio(RatioRescale(5, 1023, -128, "int8")),
     "ISqrt": _root(False),
