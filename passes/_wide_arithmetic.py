@@ -133,7 +133,8 @@ def divide(wides: Wides, node: Node) -> None:
         _scaled(wides, node, left, 1.0 / number)
         return
     right = wides.read(node.inputs[1])
-    if right.scale != 1.0:
+    # The step of a stored tensor may be 1 by chance: its numbers were rounded to it, and may be negative.
+    if right.scale != 1.0 or isinstance(node.inputs[1], Const):
         raise Refusal("it divides by a tensor that holds no whole numbers")
     output = node.outputs[0]
     left = wides.halved(left, IDivide.most, output.name)
