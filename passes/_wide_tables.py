@@ -15,7 +15,7 @@ from qcompile.kernels.table import Table
 from qcompile.levelled import Levelled, channel_factors, levelled
 from qcompile.passes._functions_of import function_of
 from qcompile.passes._kernel_call import kernel_call
-from qcompile.passes._wide import Narrow, Refusal, Wide, Wides
+from qcompile.passes._wide import Narrow, Refusal, Wide, Wides, in_domain
 
 _TYPES: dict[int, type[np.uint8] | type[np.int8]] = {TensorProto.UINT8: np.uint8, TensorProto.INT8: np.int8}
 _BITS = 15
@@ -38,26 +38,27 @@ def by_table(wides: Wides, node: Node, source: Tensor, f: Function) -> str | Non
     x, output = wides.narrow(source), node.outputs[0]
     if x is None:
         raise Refusal("its input is not quantised")
-    quantiser = _quantiser(wides, node)
+    quantiser = wides.sole_quantiser(output)
     y = None if quantiser is None else wides.written(quantiser)
     note = None
     if node.op == "Gelu" and wides.context.settings.kernels == "ibert":
         try:
-            kernel = IGelu(float(x.scale), tanh=node.attr("approximate", "none") == "tanh")
-        except ValueError:
+            kernel = in_domain(lambda: IGelu(float(x.scale), tanh=node.attr("approximate", "none") == "tanh"))
+        except Refusal:
             note = "a scale outside i-GELU's domain: computed by table"
         else:
             _polynomial(wides, node, kernel)
             return None
     kind = _TYPES[x.elem_type]
     if y is not None and quantiser is not None:
+        scales = (float(x.scale), x.zero_point, float(y.scale), y.zero_point)
+        made = in_domain(lambda: Table(f, *scales, kind, _TYPES[y.elem_type]))
         wides.graph.remove(quantiser)
-        made = Table(f, float(x.scale), x.zero_point, float(y.scale), y.zero_point, kind, _TYPES[y.elem_type])
         assert isinstance(y.integers, Value)
         kernel_call(wides.graph, made, [x.integers], y.integers, output.name)
         return note
     step = _unit(wides, output, _peak(f, x))
-    made = Table(f, float(x.scale), x.zero_point, step, 0, kind, np.int32)
+    made = in_domain(lambda: Table(f, float(x.scale), x.zero_point, step, 0, kind, np.int32))
     result = wides.value(output.name + "_table", output)
     kernel_call(wides.graph, made, [x.integers], result, output.name)
     wides.set(node, Wide(result, step, max(1, int(np.abs(made.entries.astype(np.int64)).max()))))
@@ -74,27 +75,30 @@ def by_channel_table(wides: Wides, node: Node, operand: Levelled, f: Function) -
     last, after = node, np.ones(operand.factor.size)
     reader = output.consumers[0] if len(output.consumers) == 1 and not graph.is_pinned(output) else None
     multiplied = channel_factors(graph, reader) if reader is not None else None
-    if reader is not None and multiplied is not None and multiplied[2] == operand.axis and _quantiser(wides, reader) is not None:
+    fits = multiplied is not None and multiplied[2] == operand.axis
+    if reader is not None and multiplied is not None and fits and wides.sole_quantiser(reader.outputs[0]) is not None:
         last, after = reader, multiplied[1]
     numbers = np.stack([operand.factor, operand.shift, after], axis=1)
     kinds, kind = np.unique(numbers, axis=0, return_inverse=True)
     if len(kinds) > MOST_KINDS:
         raise Refusal("its channels are of more kinds than a table has room for")
-    quantiser = _quantiser(wides, last)
+    quantiser = wides.sole_quantiser(last.outputs[0])
     y = None if quantiser is None else wides.written(quantiser)
     peak = 0.0 if y is not None else max(_peak(lambda v, k=k: k[2] * f(v * k[0] + k[1]), x) for k in kinds)
     step = float(y.scale) if y is not None else _unit(wides, output, peak)
-    made = ChannelTable(
-        f,
-        float(x.scale),
-        x.zero_point,
-        step,
-        0 if y is None else y.zero_point,
-        tuple((float(a), float(m), float(c)) for a, m, c in kinds),
-        tuple(int(k) for k in kind.reshape(-1)),
-        operand.axis,
-        _TYPES[x.elem_type],
-        np.int32 if y is None else _TYPES[y.elem_type],
+    made = in_domain(
+        lambda: ChannelTable(
+            f,
+            float(x.scale),
+            x.zero_point,
+            step,
+            0 if y is None else y.zero_point,
+            tuple((float(a), float(m), float(c)) for a, m, c in kinds),
+            tuple(int(k) for k in kind.reshape(-1)),
+            operand.axis,
+            _TYPES[x.elem_type],
+            np.int32 if y is None else _TYPES[y.elem_type],
+        )
     )
     if y is not None and quantiser is not None:
         graph.remove(quantiser)
@@ -104,13 +108,6 @@ def by_channel_table(wides: Wides, node: Node, operand: Levelled, f: Function) -
     result = wides.value(output.name + "_table", output)
     kernel_call(graph, made, [x.integers], result, output.name)
     wides.set(node, Wide(result, step, max(1, int(np.abs(made.entries.astype(np.int64)).max()))))
-
-
-def _quantiser(wides: Wides, node: Node) -> Node | None:
-    """The QuantizeLinear that alone reads what `node` computes."""
-    output = node.outputs[0]
-    readers = output.consumers
-    return readers[0] if len(readers) == 1 and readers[0].op == "QuantizeLinear" and not wides.graph.is_pinned(output) else None
 
 
 def _unit(wides: Wides, output: Value, peak: float) -> float:
