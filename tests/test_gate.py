@@ -14,15 +14,11 @@ import onnx
 import pytest
 from onnx import parser
 
-from qcompile.accuracy import Evidence
 from qcompile.checking import Checked, check_models
 from qcompile.ci_reports import append_summary, github_annotations, github_summary, junit_xml, write_junit
 from qcompile.errors import DataError, InputError, LimitError, ModelError
-from qcompile.evaluation import Evaluation
-from qcompile.gate import Gate, judge_latency, judge_metric, judge_sqnr
+from qcompile.gate import Gate, judge_latency
 from qcompile.latency import Latency, Ratio
-from qcompile.metrics import UserMetric
-from qcompile.report_file import report_json
 
 HEAD = '<ir_version: 9, opset_import: ["" : 17]>\n'
 SHIFTS = {"a": "{0, 0, 0}", "b": "{0.3, 0, 0}", "c": "{3, 0, 0}", "tiny": "{0.001, 0, 0}"}
@@ -124,32 +120,6 @@ def test_metrics_that_are_no_share(models: dict[str, Path], data: str, tmp_path:
     (tmp_path / "m.py").write_text("import numpy as np\ndef near(o, label):\n    return -float(abs(o['y'] - label).max())\n")
     own = check(models, "tiny", targets, metric=f"{tmp_path}/m.py:near", max_drop=1.0)
     assert own["verdict"]["outcome"] == "pass"
-
-
-def test_few_samples_with_any_signal_or_error() -> None:
-    """A resample may hold no signal, no error or neither: the interval stays a number or open, and the report can be written."""
-    none = np.zeros(0, bool)
-    signal, noise = np.zeros(30), np.zeros(30)
-    signal[3], noise[3] = 4.0, 0.1
-    found = judge_sqnr(Evidence(signal, noise, none, none, none), 10.0, identical=False)
-    assert (found.outcome, found.high) == ("pass", np.inf)
-    assert found.low == pytest.approx(10 * np.log10(40))
-    assert json.loads(report_json(found.as_json()))["high"] is None
-    lost = judge_sqnr(Evidence(signal, np.full(30, 0.1), none, none, none), 10.0, identical=False)
-    assert (lost.outcome, lost.low) == ("fail", -np.inf)
-    assert json.loads(report_json(lost.as_json()))["low"] is None
-
-
-def test_errors_that_few_samples_have() -> None:
-    """Where lower is better a resample may hold no error of the float model at all: its drop in per cent is infinite, or none."""
-    evaluation = Evaluation(UserMetric("f", lambda outputs, label: float(outputs["y"][0, 0]), ".", higher_is_better=False))
-    for index in range(40):
-        values = [{"y": np.array([[error, 0.0]], np.float32)} for error in (float(index == 3), float(index in (3, 4)))]
-        evaluation.update(*values, np.array(0.0), feeds={})
-    found = judge_metric(evaluation.result(), evaluation, 20.0)
-    assert (found.outcome, found.low, found.high) == ("inconclusive", 0.0, np.inf)
-    assert found.drop_points == pytest.approx(100)
-    assert json.loads(report_json(found.as_json()))["high"] is None
 
 
 def test_integer_only(models: dict[str, Path], data: str) -> None:
