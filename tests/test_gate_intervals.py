@@ -1,4 +1,4 @@
-"""Intervals of the gate where a resample may hold no signal or no error: numbers or open ends, and reports that can be written."""
+"""Intervals of the gate where a resample may hold no signal or no error: numbers or open ends; reports can be written."""
 
 from __future__ import annotations
 
