@@ -133,7 +133,8 @@ class _Placer:
             return True
         floats = [n for n in others if n.name not in self.imported.marks]
         if mark.low < mark.zero or _never_negative(source):
-            self.imported.changed[_SHARED_READERS] += bool(floats)
+            if floats:
+                self.imported.changed[_SHARED_READERS] += 1
             return True
         return False
 

@@ -6,7 +6,7 @@
 x is the layer's input in the dense model, x' what is left of it in the pruned one with all layers before it refitted, W_k the
 columns that are left. Where the output is added to a residual stream, s and s' are that stream in both models, so that the layer
 also takes back what went wrong before (else D = 0). l is chosen on samples that were left out, as in `qcompile.compensation`; the
-bias takes what the lost channels contributed on average.
+bias takes what the lost channels contributed on average. Without a bias C, S and D are moments about zero.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ class _Sums:
             self.wanted + other.wanted,
         )
 
-    def covariances(self) -> tuple[Array, Array]:
-        """Cov(x', x') [K', K'] and Cov(t, x') [rows, K']."""
-        mean, wanted = self.mean / self.rows, self.wanted / self.rows
+    def moments(self, centred: bool) -> tuple[Array, Array]:
+        """E[x' x'^T] [K', K'] and E[t x'^T] [rows, K'], about the means where `centred`."""
+        mean, wanted = centred * self.mean / self.rows, centred * self.wanted / self.rows
         return self.noisy / self.rows - np.outer(mean, mean), self.cross / self.rows - np.outer(wanted, mean)
 
 
@@ -82,7 +82,7 @@ class Refit:
         bias = None if linear is None else bias_of(linear)
         wanted = weight_rows(original, old.array())[rows]
         folds = self._folds(original, node, wanted, exact, noisy, self._skips(linear, rows))
-        fitted = _fit(wanted[:, columns], folds)
+        fitted = _fit(wanted[:, columns], folds, centred=bias is not None)
         axis = 1 if is_op(node, "MatMul") or (is_op(node, "Gemm") and not node.attr("transB", 0)) else 0
         tensor = weight_tensor(fitted, weight.dims, node.op, axis)
         if linear is None or bias is None:
@@ -140,16 +140,16 @@ class Refit:
         return [s for s in sums if s is not None]
 
 
-def _fit(kept: Array, folds: list[_Sums]) -> Array:
-    """V [rows, K'] around W_k = `kept`."""
-    moments = [f.covariances() for f in folds]
+def _fit(kept: Array, folds: list[_Sums], *, centred: bool) -> Array:
+    """V [rows, K'] around W_k = `kept`; centred: a bias takes the means."""
+    moments = [f.moments(centred) for f in folds]
     errors = np.zeros(len(_STRENGTHS))
     for train, (noisy, cross) in zip(reversed(moments), moments, strict=True):
         for index, strength in enumerate(_STRENGTHS):
             v = _solve(kept, *train, strength)
             # E|V x' - t|^2 but for E|t|^2, which is the same for all.
             errors[index] += float(np.einsum("ck,ck->", v @ noisy, v) - 2 * np.einsum("ck,ck->", cross, v))
-    return _solve(kept, *(folds[0] + folds[1]).covariances(), _STRENGTHS[int(np.argmin(errors))])
+    return _solve(kept, *(folds[0] + folds[1]).moments(centred), _STRENGTHS[int(np.argmin(errors))])
 
 
 def _solve(kept: Array, noisy: Array, cross: Array, strength: float) -> Array:

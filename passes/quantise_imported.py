@@ -4,7 +4,8 @@
 
 What `quantise` takes from calibration comes from the source here: range, scale and zero point of every tensor, in the integer
 type of the target. Tensors that share a scale take the source's where they agree, else a range that holds all of theirs.
-Bounds of a folded Relu/Clip, or of a Clip on integers, that the range does not carry become a Clip on integers.
+Bounds of a folded Relu/Clip, of a Clip on integers, or of the source's own range that the common one does not carry become a
+Clip on integers.
 
 onnxruntime fuses a dozen operators that stand between DequantizeLinear and QuantizeLinear, in kernels that do not round alike
 everywhere. A Sum of one keeps those apart that no exact kernel computes: they are computed in float, as they are spelt.
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from math import inf
 
 from qcompile.context import Context
 from qcompile.errors import ModelError
@@ -90,6 +92,15 @@ class _Inserter(Inserter):
         step = (place_.high - place_.low) / 255
         if max(tops) < float("inf") and place_.high <= max(tops) + step / 2:
             place_.ceiling = max(tops)
+        for tensor in (
+            t for t in members if t in self.marks
+        ):  # a narrower range saturates earlier, at 0 where a Relu was left out
+            low, high = self.bounds.get(tensor, (-inf, inf))
+            least, most = self.marks[tensor].bounds
+            low = max(low, least) if least > place_.low + step / 2 else low
+            high = min(high, most) if most < place_.high - step / 2 else high
+            if (low, high) != (-inf, inf):
+                self.bounds[tensor] = low, high
 
     def _leave(self, node: Node) -> None:
         if node not in self.standing:

@@ -52,8 +52,8 @@ def inspect(
     """Show what MODEL holds."""
     if require_exact and not dyadic:
         raise click.UsageError("--require-exact goes with --dyadic")
-    if as_json and (dyadic or nodes or layers):
-        raise click.UsageError("--json prints everything; leave --dyadic, --nodes and --layers out")
+    if as_json and (dyadic or nodes or layers or sparsity is not None or export_24 is not None):
+        raise click.UsageError("--json prints everything; leave --dyadic, --nodes, --layers, --sparsity and --export-2:4 out")
     if require_sparsity is not None and sparsity is None:
         raise click.UsageError("--require-sparsity goes with --sparsity")
     sizes = _sizes(dims)

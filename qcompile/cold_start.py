@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import numpy as np
 
@@ -22,6 +23,7 @@ from qcompile.report_file import peak_rss_mb
 from qcompile.runtime import Feeds, Session
 
 _STATUS = Path("/proc/self/status")
+_MARK = "input "  # before each name: `file` is an argument of savez itself
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,8 @@ def measure_cold_starts(models: Sequence[Path], feeds: Sequence[Feeds], *, round
         files = []
         for index, feed in enumerate(feeds):
             files.append(Path(folder) / f"{index}.npz")
-            np.savez(files[-1], **dict(feed))  # type: ignore[arg-type]
+            named: dict[str, Any] = {_MARK + name: array for name, array in feed.items()}
+            np.savez(files[-1], **named)
         for _ in range(rounds):
             for index, model in enumerate(models):
                 found[index].append(_in_a_process(model, files[index], threads))
@@ -81,5 +84,5 @@ def _resident_peak() -> float:
 
 if __name__ == "__main__":
     with np.load(sys.argv[2]) as _arrays:
-        _feeds = {name: _arrays[name] for name in _arrays.files}
+        _feeds = {name.removeprefix(_MARK): _arrays[name] for name in _arrays.files}
     sys.stdout.write(json.dumps(asdict(measure_here(Path(sys.argv[1]), _feeds, int(sys.argv[3])))))

@@ -132,12 +132,16 @@ def _count(node: Node, weight: Array, width: int, outputs: int | None) -> LayerC
     groups, depthwise = 1, False
     if node.op in _CONVOLUTIONS:
         matrix = np.moveaxis(weight, 1, -1).reshape(weight.shape[0], -1)
-        groups, depthwise = int(node.attr("group", 1)), weight.shape[1] == 1
+        groups = int(node.attr("group", 1))
+        depthwise = groups > 1 and weight.shape[1] == 1
         channels = int(weight.shape[1])
     else:
         matrix = weight if node.attr("transB", 0) else np.swapaxes(weight, -1, -2)
         channels = int(matrix.shape[-1])
         matrix = matrix.reshape(-1, channels)
+    zero = node.constant(_INPUT[node.op] + 2) if node.op in _INTEGER else None
+    if zero is not None and zero.array().any():  # one number, or one a channel, which batches of matrices repeat
+        matrix = matrix.astype(np.int16) - np.resize(zero.array().astype(np.int16), len(matrix))[:, None]
     macs = None if outputs is None else outputs * int(matrix.shape[1])
     source = node.inputs[0].producer
     integer = node.op in _INTEGER or (source is not None and source.op == "DequantizeLinear" and width < _FLOAT_BITS)
@@ -160,14 +164,25 @@ def _evaluate(graph: Graph, tensor: Tensor, known: dict[Tensor, tuple[Array, int
         return None
     if node.op == "DequantizeLinear":
         integers = _weights(graph, node.inputs[0], known)
-        zero = node.constant(2)
-        plain = zero is None or not np.asarray(zero.array()).any()
-        return integers if plain else None  # an asymmetric weight's zero is no zero of a kernel
+        return None if integers is None else _about_zero(node, *integers)
     nodes, leaves = _makers(graph, tensor)
     if nodes is None:
         return None
     value = segment_session(graph, nodes, [], [tensor]).run({})[tensor.name]
     return value, min((_bits(c) for c in leaves if _is_data(c)), default=_FLOAT_BITS)
+
+
+def _about_zero(node: Node, values: Array, width: int) -> tuple[Array, int] | None:
+    """What DequantizeLinear `node` multiplies by its scale; None for zero points of blocks."""
+    const = node.constant(2)
+    zero = None if const is None else np.asarray(const.array())
+    if zero is None or not zero.any():
+        return values, width
+    if zero.size != 1 and zero.ndim != 1:
+        return None
+    axis = int(node.attr("axis", 1)) % values.ndim
+    shape = [-1 if a == axis and zero.size != 1 else 1 for a in range(values.ndim)]
+    return values.astype(np.int16) - zero.astype(np.int16).reshape(shape), width
 
 
 def _makers(graph: Graph, tensor: Value) -> tuple[list[Node] | None, list[Const]]:

@@ -41,6 +41,8 @@ def layout_refusal(layer: LayerCount) -> str:
     refusal = layer.sparse_refusal()
     if refusal:
         return refusal
+    if layer.weight_bits <= 8 and layer.matrix.size and not -128 <= int(layer.matrix.min()) <= int(layer.matrix.max()) <= 127:
+        return "integers beyond int8"
     rows, columns = layer.matrix.shape
     multiple = 64 if layer.weight_bits <= 8 else 32
     if rows % _ROWS or columns % multiple:
@@ -117,4 +119,4 @@ def _write(path: Path, layer: LayerCount) -> dict[str, Any]:
 
 def _why(layers: Sequence[LayerCount]) -> str:
     reasons = [layout_refusal(x) for x in layers]
-    return max(set(reasons), key=reasons.count) if reasons else "it has no Conv, Gemm or MatMul with constant weights"
+    return max(dict.fromkeys(reasons), key=reasons.count) if reasons else "it has no Conv, Gemm or MatMul with constant weights"

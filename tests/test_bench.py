@@ -123,6 +123,13 @@ def test_operators_of_models_whose_runs_are_alike() -> None:
     assert all(o.ms >= 0 for o in times.values())
 
 
+def test_inputs_of_any_name_reach_the_process(tmp_path: Path) -> None:
+    """`file` is an argument of the function that writes the sample."""
+    path = save(tmp_path / "m.onnx", "g (float[1, 3] file) => (float[1, 3] y) { y = Relu (file) }")
+    (found,) = measure_cold_starts([path], [{"file": np.zeros((1, 3), np.float32)}], rounds=1)
+    assert found.load_ms > 0
+
+
 def test_cold_starts_that_fail(tmp_path: Path) -> None:
     broken = tmp_path / "b.onnx"
     broken.write_bytes(b"no model")

@@ -99,6 +99,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "nodes at run time: 8 integer, 0 float" in out
     for args, said in (
         (["--json", "--nodes"], "--json prints everything"),
+        (["--json", "--sparsity"], "--json prints everything"),
+        (["--json", "--export-2:4", "layers"], "--json prints everything"),
         (["--dim", "N"], "--dim N: give NAME=SIZE"),
         (["--dim", "N=0"], "--dim N=0"),
         (["--dim", "M=2"], "no input has a dimension"),

@@ -77,6 +77,18 @@ def test_a_second_scale_on_moved_data_is_given_up_and_its_saturation_kept() -> N
     close_to_source(model, graph, 0.05)
 
 
+@pytest.mark.parametrize("target", ["vnni", "any"])
+def test_what_one_scale_cuts_off_is_kept_where_it_is_joined_with_a_wider_one(target: str) -> None:
+    """The pair of `p` was a Relu, and saturates at 5.1: the common scale of Concat carries neither."""
+    body = (
+        QX + QW + "p = MatMul(b, w) q = QuantizeLinear(p, t, o) r = DequantizeLinear(q, t, o) c = Concat <axis = 0> (r, b) "
+        "e = QuantizeLinear(c, s, z) f = DequantizeLinear(e, s, z) y = MatMul(f, w)"
+    )
+    model = text(body, ends="float[2, 4] x) => (float[4, 4] y")
+    graph, _ = imported(model, target=target)
+    close_to_source(model, graph, 0.1)
+
+
 def test_operators_on_integers_are_lifted() -> None:
     body = (
         "a = QuantizeLinear(x, s, z) c = MaxPool <kernel_shape = [2, 2]> (a) d = Pad(c, h, z) "

@@ -287,6 +287,21 @@ def test_both_parts_of_a_split_keep_channels() -> None:
     assert [n.inputs[1].dims[1] for n in graph.nodes if n.op == "Conv"] == [3, 2, 6]
 
 
+def test_a_layer_without_a_bias_takes_the_mean_of_lost_channels() -> None:
+    """What is left must give it by the weights alone, so the fit is about zero and not about the mean."""
+    text = "g (float[1, 6, 8] x) => (float[1, 6, 5] y) { a = MatMul(x, w0)  b = Relu(a)  c = Add(b, k)  y = MatMul(c, w1) }"
+    source = model(text, w0=floats(8, 32), k=np.float32(1), w1=floats(32, 5, seed=1))
+    feeds = [{"x": floats(1, 6, 8, seed=i)} for i in range(48)]
+    graph = Graph.from_proto(source)
+    PruneChannels().run(graph, core_context(feeds, pruning=ChannelPruning(0.4, criterion="l1", multiple=4)))
+    first, last = (n.inputs[1].array().astype(np.float64) for n in graph.nodes if n.op == "MatMul")
+    rows = np.concatenate([f["x"][0] for f in feeds]).astype(np.float64)
+    reached, wanted = np.maximum(rows @ first, 0) + 1, np.concatenate([o[0] for o in float_outputs(source, feeds)])
+    least = np.linalg.lstsq(reached, wanted.astype(np.float64), rcond=None)[0]
+    error, floor = (float(np.square(reached @ w - wanted).sum()) for w in (last, least))
+    assert error < 1.05 * floor
+
+
 def test_one_channel_that_is_squeezed_away_names_no_other_axis() -> None:
     text = """g (float[1, 3, 5, 4] x) => (float[1, 2, 4] y) {
         a = Conv(x, w)  b = Squeeze(a, one)  d = Conv(x, v)  e = ReduceMean <keepdims = 0> (d, two)

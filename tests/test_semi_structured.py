@@ -121,3 +121,54 @@ def test_a_gpu_multiplies_by_it() -> None:
     right = torch.randn(128, 128, dtype=torch.half, device="cuda")
     wanted = torch.from_numpy(read_back(made.values, made.meta)).half().cuda() @ right
     torch.testing.assert_close(tensor @ right, wanted, rtol=1e-2, atol=1e-1)
+
+
+def unsigned(path: Path, form: str, zero: int) -> Array:
+    """A file whose weight [32, 64] (its own layout: [64, 32]) is uint8 about `zero`; returns what its integers stand for."""
+    weight = two_of_four(32, 64, np.int8)
+    stored = (weight.astype(np.int64) + zero).clip(0, 255).astype(np.uint8)
+    body = {
+        "qoperator": "y = QLinearMatMul (x, s, u, w, s, z, s, u)",
+        "integer": "y = MatMulInteger (x, w, u, z)",
+        "qdq": "d = DequantizeLinear (x, s, u)  v = DequantizeLinear <axis = 1> (w, t, z)  y = MatMul (d, v)",
+    }[form]
+    kind = {"qoperator": "uint8", "integer": "int32", "qdq": "float"}[form]
+    constants = {"s": np.float32(0.1), "u": np.uint8(3), "w": stored.T.copy(), "z": np.full(32, zero, np.uint8)}
+    constants["t"] = np.full(32, 0.1, np.float32)
+    text = f"g (uint8[2, 64] x) => ({kind}[2, 32] y) {{ {body} }}"
+    made = parse(text, **{k: v for k, v in constants.items() if k in "suwz" or form == "qdq"})
+    path.write_bytes(made.SerializeToString())
+    return stored.astype(np.int64) - zero
+
+
+@pytest.mark.parametrize("form", ["qoperator", "integer", "qdq"])
+@pytest.mark.parametrize("zero", [0, 128])
+def test_zeros_of_unsigned_weights_are_zero_points(form: str, zero: int, tmp_path: Path) -> None:
+    wanted = unsigned(tmp_path / "m.onnx", form, zero)
+    (layer,) = count_layers(tmp_path / "m.onnx")
+    np.testing.assert_array_equal(layer.matrix, wanted)
+    assert layer.zeros == int((wanted == 0).sum())
+
+
+def test_unsigned_weights_that_no_int8_holds_are_not_exported(tmp_path: Path) -> None:
+    weight = np.zeros((64, 32), np.uint8)
+    weight[::4] = 200
+    made = parse("g (uint8[2, 64] x) => (int32[2, 32] y) { y = MatMulInteger (x, w) }", w=weight)
+    (tmp_path / "m.onnx").write_bytes(made.SerializeToString())
+    with pytest.raises(InputError, match="beyond int8"):
+        export(tmp_path / "m.onnx", tmp_path / "out")
+
+
+def test_a_convolution_of_one_input_channel_is_not_depthwise(tmp_path: Path) -> None:
+    text = "g (float[1, 1, 8, 8] x) => (float[1, 8, 8, 8] y) { y = Conv <pads = [1, 1, 1, 1]> (x, w) }"
+    (tmp_path / "m.onnx").write_bytes(parse(text, w=floats(8, 1, 3, 3)).SerializeToString())
+    (layer,) = count_layers(tmp_path / "m.onnx")
+    assert not layer.depthwise
+
+
+def test_of_reasons_alike_in_number_the_first_is_named(tmp_path: Path) -> None:
+    text = "g (float[1, 8] x) => (float[1, 4] y) { a = MatMul (x, w)  y = MatMul (a, v) }"
+    sparse = np.zeros((8, 8), np.float32)
+    (tmp_path / "m.onnx").write_bytes(parse(text, w=sparse, v=floats(8, 4)).SerializeToString())
+    with pytest.raises(InputError, match=r"\(8 x 8 is not made of multiples of 16\)"):
+        export(tmp_path / "m.onnx", tmp_path / "out")
