@@ -167,7 +167,14 @@ def _evaluate(graph: Graph, tensor: Tensor, known: dict[Tensor, tuple[Array, int
     if nodes is None:
         return None
     value = segment_session(graph, nodes, [], [tensor]).run({})[tensor.name]
-    return value, min((_bits(c) for c in leaves if _is_data(c)), default=_FLOAT_BITS)
+    return value, min((_bits(c) for c in leaves if _is_data(c)), default=_planes(leaves, value.size))
+
+
+def _planes(leaves: Sequence[Const], size: int) -> int:
+    """How many bits each of `size` weights has where they lie in planes of single bits (`qcompile.bit_planes`), else those of a
+    float."""
+    planes = [c.dims for c in leaves if c.elem_type == TensorProto.UINT8 and len(c.dims) == 2]
+    return planes[0][0] if len(planes) == 1 and planes[0][1] == -(-size // 8) else _FLOAT_BITS
 
 
 def _makers(graph: Graph, tensor: Value) -> tuple[list[Node] | None, list[Const]]:

@@ -9,7 +9,7 @@
     max-drop = 1.0
 
     [nodes."/block1/*"]      # a name or a shell pattern; the last that matches counts
-    bits = 4                 # of its weights: 8 or 4
+    bits = 4                 # of its weights: 8, 6, 5, 4, 3 or 2
     [nodes."/head/Gemm"]
     float = true             # stays float
     [nodes."/conv3/Conv"]
@@ -30,6 +30,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
+from qcompile.context import WIDTHS
 from qcompile.errors import InputError
 from qcompile.samples import closest
 
@@ -121,8 +122,8 @@ def node_settings(nodes: Mapping[str, Any], origin: str = "nodes") -> NodeSettin
                 raise InputError(f"{where}: float goes with neither bits nor range")
             exclude += [pattern] if table["float"] else []
         if "bits" in table:
-            if table["bits"] not in (4, 8) or isinstance(table["bits"], bool):
-                raise InputError(f"{where}: bits is {table['bits']!r}; give 8 or 4")
+            if table["bits"] not in WIDTHS or isinstance(table["bits"], bool):
+                raise InputError(f"{where}: bits is {table['bits']!r}; give one of {', '.join(map(str, WIDTHS[::-1]))}")
             bits.append((pattern, int(table["bits"])))
         if "range" in table:
             ranges.append((pattern, *_range(table["range"], where)))
