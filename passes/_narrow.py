@@ -34,4 +34,5 @@ def narrow_weights(graph: Graph, context: Context) -> dict[Const, int]:
 
 def _is_table(const: Const) -> bool:
     """Whether it is an embedding table, which only Gather reads."""
-    return len(const.dims) == 2 and bool(const.consumers) and all(n.op == "Gather" and n.inputs[0] is const for n in const.consumers)
+    readers = const.consumers
+    return len(const.dims) == 2 and bool(readers) and all(n.op == "Gather" and n.inputs[0] is const for n in readers)

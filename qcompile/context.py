@@ -78,8 +78,8 @@ class Settings:
     effort: fast | default | best.
     exclude: node names or shell patterns that stay float. node_bits, node_ranges: (name or pattern, bits) and (name or pattern,
     low, high) that a user gives; the last that matches counts. raised: (node, bits) of layers that a limit on the result needs
-    to have more bits than the others, `FLOAT_BITS` for float. assigned: (node, bits) that mixed precision chose; a user's node_bits
-    win. weight_only: set where activations stay float.
+    to have more bits than the others, `FLOAT_BITS` for float. assigned: (node, bits) that mixed precision chose; node_bits win.
+    weight_only: set where activations stay float.
     sparsity: `2:4` or a share such as `0.5` of weights that become zero; criterion: magnitude | wanda | obd | obs;
     sparsity_scope: layer | global, what a share is a share of; sparse_storage: compressed | dense, of 2:4 weights.
     pruning: set where channels are removed.
@@ -135,6 +135,10 @@ class Settings:
         """The width of node `name`'s weights."""
         asked = [bits for pattern, bits in self.node_bits if matches(name, pattern)]
         return dict(self.raised).get(name, asked[-1] if asked else dict(self.assigned).get(name, self.bits))
+
+    def pinned(self, name: str) -> int | None:
+        """The width that a user gives node `name`; None where none does."""
+        return next((bits for pattern, bits in reversed(self.node_bits) if matches(name, pattern)), None)
 
     def range_for(self, name: str) -> tuple[float, float] | None:
         """(low, high) that is asked for the output of node `name`, or for the graph input of that name; None: none is."""

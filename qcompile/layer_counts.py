@@ -110,6 +110,17 @@ def count_layers(model: str | Path, feeds: Feeds | None = None) -> list[LayerCou
     return [_count(node, *weight, sizes.get(node)) for node, weight in weighted]
 
 
+def count_tables(model: str | Path) -> list[tuple[int, int]]:
+    """(values, bits as stored) of every embedding table of the file: a matrix of integers whose rows Gather looks up."""
+    graph = Graph.load(model)
+    graph.sort()
+    known: dict[Tensor, tuple[Array, int] | None] = {}
+    tables = dict.fromkeys(n.inputs[0] for n in graph.nodes if n.op == "Gather" and n.attr("axis", 0) == 0)
+    found = [_weights(graph, t, known) for t in tables]
+    # Integers alone: a float table was not quantised; int64 matrices are indices and shapes.
+    return [(int(t[0].size), t[1]) for t in found if t is not None and t[0].ndim == 2 and t[0].dtype.itemsize == 1]
+
+
 def totals(layers: Sequence[LayerCount]) -> dict[str, int | None]:
     """{"parameters", "zeros", "macs", "bops"} of all layers together; parameters are weights, biases not counted."""
     macs, bops = [x.macs for x in layers], [x.bops for x in layers]

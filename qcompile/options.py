@@ -149,9 +149,9 @@ def _check_weight_only(settings: Settings, options: WeightOnly) -> None:
         )
 
 
-def output_path(source: Path, output: str | Path | None, bits: int) -> Path:
+def output_path(source: Path, output: str | Path | None, bits: int | str) -> Path:
     """The file to write: `output`, or MODEL.int8.onnx beside the source. Raises InputError where it cannot be written."""
-    suffix = ".pruned.onnx" if bits == FLOAT_BITS else f".int{bits}.onnx"
+    suffix = ".pruned.onnx" if bits == FLOAT_BITS else ".mixed.onnx" if bits == "mixed" else f".int{bits}.onnx"
     path = Path(output) if output is not None else source.with_suffix(suffix)
     if path.is_dir():
         raise InputError(f"{path}: is a folder; give a file name with -o")

@@ -43,7 +43,16 @@ DEFAULT = Path("qcompile.toml")
 TABLES = ("compile", "check", "nodes")
 _NODE_KEYS = ("bits", "float", "range")
 _RENAMED = {"eval": "eval_data"}
-_NO_RECIPE = {"dump_passes", "latency", "compare_targets", "diagnose", "nodes", "progress"}  # change no byte, or stand apart
+_NO_RECIPE = {
+    "dump_passes",
+    "latency",
+    "compare_targets",
+    "diagnose",
+    "nodes",
+    "progress",
+    "workers",
+    "scheduler",
+}  # change no byte, or stand apart
 _NEGATED = {"no-bias-correction": "bias_correction", "no-latency": "latency"}
 
 
@@ -184,6 +193,7 @@ def embedded(asked: Mapping[str, Any], function: Callable[..., Any]) -> dict[str
         value = getattr(asked[name], "spec", asked[name])
         value = str(value) if isinstance(value, Path) else value
         value = tuple(value) if name == "exclude" else value
+        value = tuple(f"{k}={v:g}" for k, v in value.items()) if isinstance(value, Mapping) else value
         if value is None or value == parameter.default:
             continue
         plain = list(value) if isinstance(value, tuple) else value
