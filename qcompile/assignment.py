@@ -20,7 +20,7 @@ import numpy as np
 from qcompile.errors import InputError
 from qcompile.runtime import Array
 
-_TIE = 1e-9  # of the cost: what counts as a tie, and how much a tie-break may weigh
+_TIE = 1e-7  # of the cost: what counts as a tie, and how much a tie-break may weigh
 
 
 @dataclass(frozen=True, order=True)

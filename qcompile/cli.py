@@ -140,7 +140,9 @@ def cli() -> None:
     "--prune-channels", type=float, metavar="SHARE", help="Remove whole channels, heads and hidden units: the share that goes."
 )
 @click.option(
-    "--prune-criterion", type=click.Choice(["l1", "hrank", "second-order"]), help="Which channels those are.  [second-order]"
+    "--prune-criterion",
+    type=click.Choice(["l1", "hrank", "hessian", "second-order"]),
+    help="Which channels those are.  [second-order]",
 )
 @click.option("--prune-budget", type=click.Choice(["params", "macs", "latency"]), help="What it is a share of.  [macs]")
 @click.option("--channel-multiple", type=click.IntRange(min=1), metavar="N", help="Kept widths are multiples of N.  [8]")

@@ -50,7 +50,7 @@ def mixed_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.command()
 @click.argument("model", type=FILE)
 @click.option("--data", metavar="SPEC", required=True, help="Samples to measure on.")
-@click.option("--samples", type=click.IntRange(min=1), default=64, metavar="N", help="Use at most N, spread evenly.  [64]")
+@click.option("--samples", type=click.IntRange(min=1), default=128, metavar="N", help="Use at most N, spread evenly.  [128]")
 @PREPROCESS
 @_WIDTHS
 @_LOSS

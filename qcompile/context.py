@@ -43,8 +43,8 @@ class WeightOnly:
 class ChannelPruning:
     """How channels are removed.
 
-    ratio: the share of the budget that goes; budget: params | macs | latency; criterion: l1 | hrank | second-order; multiple:
-    kept widths are multiples of it; keep: names or patterns of layers that stay; refit: weights are fitted anew.
+    ratio: the share of the budget that goes; budget: params | macs | latency; criterion: l1 | hrank | hessian | second-order;
+    multiple: kept widths are multiples of it; keep: names or patterns of layers that stay; refit: weights are fitted anew.
     """
 
     ratio: float

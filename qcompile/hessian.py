@@ -142,4 +142,5 @@ def _round(
             future.cancel()
             gaps.add(call[0])
         else:
-            values[call[0]].extend(result_of(future))
+            more: list[float] = result_of(future)
+            values[call[0]] += more

@@ -43,8 +43,8 @@ def _integers(x: Array) -> Array:
     return np.asarray(np.clip(np.rint(x / _scale(x)) + 128, 0, 255).astype(np.uint8))
 
 
-def _scale(x: Array) -> np.float32:
-    return np.float32(max(float(np.abs(x).max(initial=0)), 1e-6) / 127)
+def _scale(x: Array) -> Array:
+    return np.array(max(float(np.abs(x).max(initial=0)), 1e-6) / 127, np.float32)
 
 
 def _model(study: Study, layer: CutLayer, spec: LayerSpec, *, quantised: bool) -> ModelProto:
@@ -67,7 +67,7 @@ def _model(study: Study, layer: CutLayer, spec: LayerSpec, *, quantised: bool) -
         sizes[spec.axis] = -1
         constants |= {"xs": _scale(x), "xz": np.array(128, np.uint8), "ws": step, "wz": np.zeros(spec.channels, np.int8)}
         constants["w"] = np.rint(w / step.reshape(sizes)).astype(np.int8)
-        constants |= {"ys": np.float32(_output_scale(x, w)), "yz": np.array(128, np.uint8)}
+        constants |= {"ys": np.array(_output_scale(x, w), np.float32), "yz": np.array(128, np.uint8)}
         nodes.append(helper.make_node("DequantizeLinear", ["x", "xs", "xz"], ["xd"]))
         nodes.append(helper.make_node("DequantizeLinear", ["w", "ws", "wz"], ["wd"], axis=spec.axis))
         proto_inputs = ["xd", "wd"]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from qcompile.check import Progress, measure
 from qcompile.compilation import Built, Data
 from qcompile.context import FLOAT_BITS, Settings
 from qcompile.cut_layer import LayerSpec
+from qcompile.data import Dataset
+from qcompile.errors import InputError
 from qcompile.layer_counts import count_layers, count_tables
 from qcompile.layer_latency import measure_layers
 from qcompile.load import Loaded
@@ -16,6 +19,16 @@ from qcompile.mixed import Assigned, Mixed, Mixing, Planner, Tried, mix, setting
 from qcompile.sensitivity import find_sensitivities
 from qcompile.size import size_bytes
 from qcompile.survey import survey
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """Compilations from one part of the calibration samples (`build`: with these settings, written to the output's path), judged
+    on the other."""
+
+    build: Callable[[Settings], Built]
+    held_out: Dataset
+
 
 _MOST = 256  # calibration samples on which compilations are compared
 
@@ -27,10 +40,10 @@ def choose_widths(
     settings: Settings,
     mixing: Mixing,
     given: Data,
-    build: Callable[[Settings], Built],
+    rehearsal: Rehearsal,
     progress: Progress | None,
-) -> Mixed[Built]:
-    """The best compilation within the limits. loaded: is used up; build: compiles anew with such settings and writes `path`."""
+) -> Mixed:
+    """The best assignment within the limits. loaded: is used up; compilations on the way are written to `path`."""
     found = survey(loaded, settings, given, samples=mixing.effort.samples, loss=mixing.effort.loss)
     pinned = {bits for _, bits in settings.node_bits}
     sensitivity = find_sensitivities(
@@ -42,18 +55,27 @@ def choose_widths(
     )
     times = measure_layers(found.study) if "latency" in dict(mixing.limits) else None
     planner = Planner(sensitivity, mixing, settings, size_bytes(source), times)
-    samples = given.calibration.sample(_MOST)
+    samples = rehearsal.held_out.sample(_MOST)
 
-    def attempt(assigned: Assigned) -> Tried[Built]:
+    def attempt(assigned: Assigned) -> Tried:
         if progress is not None:
             progress("compiling assignments", 0, None)
-        built = build(settings_of(settings, assigned))
+        rehearsal.build(settings_of(settings, assigned))
         accuracy = measure(source, path, samples, latency=False).accuracy
         assert accuracy is not None  # there are samples
-        bits = average_bits(path, found.study.layers, assigned)
-        return Tried(accuracy.sqnr_db, size_bytes(path), bits, built)
+        return Tried(accuracy.sqnr_db, size_bytes(path), average_bits(path, found.study.layers, assigned))
 
     return mix(sensitivity, planner, attempt)
+
+
+def finish(mixed: Mixed, mixing: Mixing, source: Path, path: Path) -> None:
+    """Write into the report what the final file at `path` has. Raises InputError where it misses a limit after all."""
+    layers = [LayerSpec(x["node"], x["op"], "", "", None, 0, x["weights"], 1) for x in mixed.report["layers"]]
+    mixed.report["average_bits"] = average_bits(path, layers, mixed.assigned)
+    limit = dict(mixing.limits).get("size")
+    ratio = size_bytes(path) / size_bytes(source)
+    if limit is not None and ratio > limit:
+        raise InputError(f"--limit size={limit:g}: the file has {ratio:.5f} of the float file's bytes; give a little more")
 
 
 def average_bits(path: str | Path, layers: list[LayerSpec], assigned: Assigned) -> float:

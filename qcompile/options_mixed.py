@@ -52,6 +52,7 @@ def mixing_of(
 
 def parse_limits(limit: str | Sequence[str] | Mapping[str, float]) -> dict[str, float]:
     """{name: value} of `NAME=VALUE` texts. Raises InputError."""
+    pairs: list[tuple[str, str | float]]
     if isinstance(limit, Mapping):
         pairs = [(str(k), v) for k, v in limit.items()]
     else:

@@ -27,7 +27,7 @@ from qcompile.integer_inputs import take_integers
 from qcompile.integer_outputs import give_integers
 from qcompile.limits import Limits
 from qcompile.load import Loaded, load_model
-from qcompile.mixing import choose_widths
+from qcompile.mixing import Rehearsal, choose_widths, finish
 from qcompile.names import names_of, shorten_names
 from qcompile.options import check_import, check_node_names, check_settings, output_path, weight_only_of
 from qcompile.options_mixed import check_mixing, mixing_of, whole_bits
@@ -122,7 +122,8 @@ def compile_model(
     by `criterion` (magnitude | wanda | obd | obs); sparsity_scope "global": the share is one budget for all layers;
     sparse_storage "dense": 2:4 weights are stored with their zeros.
     prune_channels: the share of `prune_budget` (params | macs | latency) that goes with whole channels; `prune_criterion`: which
-    (l1 | hrank | second-order); widths multiples of `channel_multiple`, layers in `keep` untouched; refit False: weights stay.
+    (l1 | hrank | hessian | second-order); widths multiples of `channel_multiple`, layers in `keep` untouched; refit False: weights
+    stay.
     max_drop: the largest drop of top-1 accuracy, in percentage points, that `eval_data` (with labels) must not contradict;
     min_agreement: the least share of samples that keep their class. Where a limit does not hold on one half of `eval_data`,
     layers are raised to 8 bits, then to float, until it does; the verdict is on the other half (`qcompile.fallback`).
@@ -185,12 +186,11 @@ def compile_model(
     if mixing is None:
         built = compiler.build(loaded, settings, dump)
     else:
-        mixed = choose_widths(source, path, loaded, settings, mixing, given, compiler.anew, progress)
-        built = mixed.tried.built
-        if dump is not None:
-            compiler.build(load_model(source), built.context.settings, dump)
-        built.loaded.graph.save(path)
+        mixed = choose_widths(source, path, loaded, settings, mixing, given, compiler.rehearsal(), progress)
+        built = compiler.build(load_model(source), replace(settings, assigned=mixed.assigned), dump)
     try:
+        if mixed is not None and mixing is not None:
+            finish(mixed, mixing, source, path)
         found = None
         if limits.given and given.evaluation is not None:
             chosen_by, judged_on = given.evaluation.halves()
@@ -274,9 +274,12 @@ class _Compiler:
         graph.save(self.path)
         return Built(loaded, rows, context)
 
-    def anew(self, settings: Settings) -> Built:
-        """Read the source again and build it."""
-        return self.build(load_model(self.source), settings)
+    def rehearsal(self) -> Rehearsal:
+        """Builds from every other calibration sample, to be judged on the others; from all where there are fewer than eight."""
+        samples = self.given.calibration
+        part, held_out = samples.halves() if sum(1 for _ in islice(samples, 8)) == 8 else (samples, samples)
+        compiler = replace(self, given=replace(self.given, calibration=part), diagnose=False)
+        return Rehearsal(lambda settings: compiler.build(load_model(self.source), settings), held_out)
 
     def trials(self, first: Built, part: Dataset) -> Callable[[Raised], Trial[Built]]:
         """What `search` tries with: `first` as it stands, and builds with layers raised; measured on `part`."""

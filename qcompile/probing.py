@@ -6,6 +6,7 @@ of (study, layer, probe) and sums in a fixed order with one thread, so that its 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -22,6 +23,7 @@ from qcompile.widths import narrow_layer, narrow_source
 _LARGEST_STEP = 2.0**-5  # of the weights' root mean square
 _SMALLEST_STEP = 2.0**-10
 _STEP_PROBES = 4
+_PROBED = 64  # samples at most that a probe runs on
 _STEP_TOLERANCE = 0.05
 
 
@@ -74,18 +76,19 @@ class _Layer:
         # Rounding that is learned from a few rows (behind a global pool each sample is one) fits them better than any others.
         self.learnt_on = range(0, len(study.feeds), 2)
         self.held_out = range(1 if len(study.feeds) > 1 else 0, len(study.feeds), 2)
+        self.probed = range(0, len(study.feeds), -(-len(study.feeds) // _PROBED))
         self.size = float(np.sqrt(np.square(weight).mean())) if weight.any() else 1.0
 
-    def distance(self, held_out: bool = False, **moved: Any) -> tuple[float, float]:
+    def distance(self, samples: Sequence[int] | None = None, **moved: Any) -> tuple[float, float]:
         """(KL in nats a row, noise / signal) of the outputs with `moved` (weight, bias or source by sample) in place.
 
-        held_out: on the samples that `narrow_layer` did not learn from alone.
+        samples: on these alone.
         """
         divergence, source = self.study.divergence, moved.pop("source", None)
         kl = energy = signal = 0.0
         rows = 0
         for index, clean in enumerate(self.clean):
-            if held_out and index not in self.held_out:
+            if samples is not None and index not in samples:
                 continue
             got = self.cut.run(index, source=None if source is None else source[index], **moved)
             nats, count = divergence.kl(clean, got)
@@ -96,7 +99,8 @@ class _Layer:
     def loss(self, weight: Array | None) -> float:
         """Cross-entropy a row."""
         total, rows = 0.0, 0
-        for index, label in enumerate(self.study.labels):
+        for index in self.probed:
+            label = self.study.labels[index]
             nats, count = self.study.divergence.loss(self.cut.run(index, weight=weight), label)
             total, rows = total + nats, rows + count
         return total / max(rows, 1)
@@ -110,7 +114,7 @@ def probe(study: Study, layer: int, index: int, step: float) -> float:
     weight = state.cut.weight.astype(np.float64)
     moved = (weight + step * v).astype(np.float32)
     if study.loss != "labels":
-        kl, lost = state.distance(weight=moved)
+        kl, lost = state.distance(state.probed, weight=moved)
         return 2 * (kl if study.loss == "kl" else lost) / step**2
     opposite = (weight - step * v).astype(np.float32)
     return (state.loss(moved) + state.loss(opposite) - 2 * state.loss(None)) / step**2
@@ -163,7 +167,7 @@ def measure_widths(study: Study, layer: int, widths: tuple[int, ...]) -> list[Wi
     state = study.layer(layer)
     found = []
     for narrowed in narrow_layer(state.cut, widths, study.seed, study.candidates, state.learnt_on):
-        kl, lost = state.distance(held_out=True, weight=narrowed.weight, bias=narrowed.bias)
+        kl, lost = state.distance(state.held_out, weight=narrowed.weight, bias=narrowed.bias)
         found.append(WidthCost(narrowed.bits, narrowed.squared, kl, lost))
     return found
 

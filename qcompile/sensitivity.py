@@ -27,7 +27,7 @@ from qcompile.hessian import Trace, traces
 from qcompile.probing import WidthCost, measure_sources, measure_widths
 from qcompile.survey import Survey
 
-SAMPLES = 64
+SAMPLES = 128
 ACTIVATION_WIDTHS = (4, 6, 8)
 MEASURES = ("noise", "kl", "hessian")
 

@@ -228,9 +228,7 @@ def test_a_subcommands_name_wins_over_a_file(command: Command, pipeline: FakePip
     ("args", "said"),
     [
         pytest.param([], "no model is given", id="nothing"),
-        pytest.param(["m.onnx", "--bits", "mixed"], "mixed is not implemented in this version", id="mixed bits"),
         pytest.param(["m.onnx", "--bits", "7"], "'--bits'", id="7 bits"),
-        pytest.param(["m.onnx", "--bits", "mixed"], "mixed is not implemented", id="mixed bits"),
         pytest.param(["m.onnx", "--target", "z80"], "'--target'", id="target"),
         pytest.param(["m.onnx", "--activations", "int4"], "'--activations'", id="activations"),
         pytest.param(["m.onnx", "--block", "16"], "'--block'", id="block"),
