@@ -92,12 +92,10 @@ def parse_widths(widths: str | Sequence[int | str] | None, *, floats: bool) -> t
     return tuple(sorted(set(found)))
 
 
-def check_mixing(mixing: Mixing, settings: Settings, *, has_data: bool, quantised: bool) -> None:
+def check_mixing(mixing: Mixing, settings: Settings, *, has_data: bool) -> None:
     """Raise InputError for what mixed precision does not go with."""
     if not has_data:
         raise InputError("--bits mixed measures each layer on samples; give --data")
-    if quantised:
-        raise InputError("--bits mixed: the model already holds Q/DQ, whose integers are kept; give the float model")
     if settings.weight_only is not None:
         raise InputError("--bits mixed --activations float: widths are chosen for integer layers; leave --activations out")
     if settings.format == "integer" and FLOAT_BITS in mixing.widths:

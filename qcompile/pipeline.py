@@ -20,7 +20,7 @@ from qcompile.compilation_report import report_of
 from qcompile.context import FLOAT_BITS, Context, Settings
 from qcompile.convert import lower_opset
 from qcompile.data import Dataset
-from qcompile.errors import DataError, LimitError
+from qcompile.errors import DataError, InputError, LimitError
 from qcompile.fallback import LEAST_SAMPLES, Found, Raised, Trial, search
 from qcompile.graph_io import forget_inner_types, load_proto, write_functions_out
 from qcompile.integer_inputs import take_integers
@@ -122,8 +122,8 @@ def compile_model(
     by `criterion` (magnitude | wanda | obd | obs); sparsity_scope "global": the share is one budget for all layers;
     sparse_storage "dense": 2:4 weights are stored with their zeros.
     prune_channels: the share of `prune_budget` (params | macs | latency) that goes with whole channels; `prune_criterion`: which
-    (l1 | hrank | hessian | second-order); widths multiples of `channel_multiple`, layers in `keep` untouched; refit False: weights
-    stay.
+    (l1 | hrank | hessian | second-order); widths multiples of `channel_multiple`, layers in `keep` untouched; refit False:
+    weights stay.
     max_drop: the largest drop of top-1 accuracy, in percentage points, that `eval_data` (with labels) must not contradict;
     min_agreement: the least share of samples that keep their class. Where a limit does not hold on one half of `eval_data`,
     layers are raised to 8 bits, then to float, until it does; the verdict is on the other half (`qcompile.fallback`).
@@ -167,14 +167,16 @@ def compile_model(
         sparse_storage=sparse_storage,
         pruning=pruning_of(prune_channels, prune_criterion, prune_budget, channel_multiple, tuple(keep), refit),
     )
+    if mixing is not None:
+        check_mixing(mixing, settings, has_data=data is not None)
     check_settings(settings, max_drop, eval_data is not None, min_agreement)
     check_sparsity(settings, data is not None)
     limits = Limits(max_drop, min_agreement, on_inconclusive, max_requant_loss)
     source = Path(model)
     path = output_path(source, output, "mixed" if mixing is not None else settings.bits)
     loaded = load_model(source)
-    if mixing is not None:
-        check_mixing(mixing, settings, has_data=data is not None, quantised=loaded.quantised)
+    if mixing is not None and loaded.quantised:
+        raise InputError("--bits mixed: the model already holds Q/DQ, whose integers are kept; give the float model")
     check_import(settings, loaded.quantised, max_requant_loss)
     given = open_data(loaded, data, eval_data, samples, preprocess, settings)
     if max_drop is not None and given.evaluation is not None and not given.evaluation.has_labels:

@@ -28,7 +28,7 @@ DATA = str(MODELS / "digits_calib.npz")
 
 
 def mixed(path: Path, **options: Any) -> dict[str, Any]:
-    options = {"limit": ["avg-bits=4.5"], "mixed_by": "noise", **options}
+    options = {"limit": ["avg-bits=4.5"], "mixed_by": "noise", "samples": 32, **options}
     return compile_model(CNN, path, bits="mixed", data=DATA, latency=False, **options).report
 
 
@@ -86,7 +86,7 @@ def test_a_users_width_of_a_node_stands(tmp_path: Path) -> None:
 
 
 def test_mixed_beats_one_width_for_all(tmp_path: Path) -> None:
-    report = mixed(tmp_path / "m.onnx", limit="avg-bits=3", mixed_by="best", eval_data=str(MODELS / "digits.npz"))
+    report = mixed(tmp_path / "m.onnx", limit="avg-bits=3", samples=200, eval_data=str(MODELS / "digits.npz"))
     plain = compile_model(CNN, tmp_path / "u.onnx", bits=3, data=DATA, eval_data=str(MODELS / "digits.npz"), latency=False)
     assert report["accuracy"]["sqnr_db"] > plain.report["accuracy"]["sqnr_db"]
 
@@ -129,7 +129,7 @@ def test_every_width_is_packed_and_exact(bits: int, tmp_path: Path) -> None:
     ],
 )
 def test_what_cannot_be_is_refused(options: dict[str, Any], said: str, tmp_path: Path) -> None:
-    asked: dict[str, Any] = {"data": DATA, "limit": ["avg-bits=5"], "mixed_by": "noise", **options}
+    asked: dict[str, Any] = {"data": DATA, "limit": ["avg-bits=5"], "mixed_by": "noise", "samples": 8, **options}
     with pytest.raises(InputError, match=said):
         compile_model(CNN, tmp_path / "m.onnx", bits="mixed", latency=False, **asked)
 
@@ -149,7 +149,7 @@ def test_limits_and_widths_are_read() -> None:
 
 def test_the_command_line(command: Command, tmp_path: Path) -> None:
     out = tmp_path / "m.onnx"
-    args = ["--data", DATA, "--no-latency", "-o", str(out), "--mixed-by", "noise", "--bits", "mixed"]
+    args = ["--data", DATA, "--samples", "8", "--no-latency", "-o", str(out), "--mixed-by", "noise", "--bits", "mixed"]
     status, text, err = command(CNN, *args, "--limit", "avg-bits=5")
     assert (status, err) == (0, "")
     assert "mixed precision (avg-bits <= 5)" in text and out.exists()

