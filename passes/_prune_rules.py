@@ -8,10 +8,10 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from qcompile.graph import Const, Graph, Node, Tensor, Value
+from qcompile.graph import Const, Graph, Node, Tensor
 from qcompile.passes._match import ints_of
 from qcompile.passes._prune_reshape import flatten, reshape
-from qcompile.passes._prune_trace import Ids, Label, Trace, is_shared, own_constant
+from qcompile.passes._prune_trace import Label, Trace, is_shared, own_constant
 
 Keep = npt.NDArray[np.bool_]
 
@@ -355,12 +355,6 @@ def _resize(t: Trace, node: Node) -> None:
 
 def _rank(tensor: Tensor) -> int | None:
     return None if tensor.dims is None else len(tensor.dims)
-
-
-def ids_of(t: Trace, value: Value) -> Ids | None:
-    """The atoms of `value`'s channels, if it has any."""
-    label = t.label(value)
-    return None if label is None else label.ids
 
 
 _ELEMENTWISE = (

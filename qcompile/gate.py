@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -197,11 +196,6 @@ def decibels(means: Array) -> Array:
     with np.errstate(divide="ignore"):
         found: Array = 10 * np.log10(means[..., 0] / np.maximum(means[..., 1], 0.0))
     return found
-
-
-def in_order(findings: Iterable[Finding], on_inconclusive: str) -> Judged:
-    """The findings as one judgement."""
-    return Judged(tuple(findings), on_inconclusive)
 
 
 @dataclass(frozen=True)
