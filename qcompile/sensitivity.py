@@ -11,7 +11,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,9 +22,9 @@ from qcompile.context import WIDTHS
 from qcompile.cut_layer import LayerSpec
 from qcompile.divergence import LOSSES
 from qcompile.errors import InputError
-from qcompile.executors import workers
+from qcompile.executors import Workers, result_of, workers
 from qcompile.hessian import Trace, traces
-from qcompile.probing import WidthCost, measure_sources, measure_widths
+from qcompile.probing import Study, WidthCost, measure_sources, measure_widths
 from qcompile.survey import Survey
 
 SAMPLES = 128
@@ -179,14 +179,10 @@ def find_sensitivities(
     study = found.study
     count = len(study.layers)
     with workers(study, effort.workers, effort.scheduler) as pool:
-        waiting = [pool.submit(measure_widths, i, tuple(widths)) for i in range(count)] if pool.count > 1 else []
-        measured, inputs = [], []
-        for index in range(count):
-            if progress is not None:
-                progress("measuring layers", index, count)
-            costs = waiting[index].result() if waiting else pool.map(measure_widths, [(index, tuple(widths))])[0]
-            measured.append(costs)
-            inputs.append(pool.map(measure_sources, [(index, tuple(activations))])[0] if activations else [])
+        measured = _gather(pool, measure_widths, count, tuple(widths), progress)
+        inputs = (
+            _gather(pool, measure_sources, count, tuple(activations), progress) if activations else [[] for _ in range(count)]
+        )
         known: list[Trace | None] = [None] * count
         if with_trace:
             known = traces(
@@ -202,3 +198,20 @@ def find_sensitivities(
         for spec, macs, trace, costs, sources in zip(study.layers, found.macs, known, measured, inputs, strict=True)
     ]
     return Sensitivity(tuple(layers), len(study.feeds), effort.loss)
+
+
+def _gather(
+    pool: Workers,
+    task: Callable[[Study, int, tuple[int, ...]], list[WidthCost]],
+    count: int,
+    widths: tuple[int, ...],
+    progress: Progress | None,
+) -> list[list[WidthCost]]:
+    """`task` of every layer, in order; layers run side by side where there are workers."""
+    ahead = [pool.submit(task, index, widths) for index in range(count)] if pool.count > 1 else []
+    found = []
+    for index in range(count):
+        if progress is not None:
+            progress("measuring layers", index, count)
+        found.append(result_of(ahead[index] if ahead else pool.submit(task, index, widths)))
+    return found
