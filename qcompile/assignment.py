@@ -19,6 +19,7 @@ import numpy as np
 
 from qcompile.errors import InputError
 from qcompile.runtime import Array
+from qcompile.stray_output import no_stray_output
 
 _TIE = 1e-7  # of the cost: what counts as a tie, and how much a tie-break may weigh
 
@@ -110,13 +111,14 @@ class _Program:
         if most is not None:
             constraints.append(LinearConstraint(self.cost[None] / size, -np.inf, most / size))
         weights = cost / max(float(np.abs(cost).max(initial=0)), 1e-300)
-        found = milp(
-            weights,
-            constraints=constraints,
-            integrality=np.ones(len(weights)),
-            bounds=Bounds(0, 1),
-            options={"mip_rel_gap": 0.0},
-        )
+        with no_stray_output():
+            found = milp(
+                weights,
+                constraints=constraints,
+                integrality=np.ones(len(weights)),
+                bounds=Bounds(0, 1),
+                options={"mip_rel_gap": 0.0},
+            )
         return None if found.x is None else np.rint(found.x)
 
     def tie_break(self) -> Array:

@@ -142,7 +142,7 @@ def compile_model(
     asked = dict(locals())
     start = time.perf_counter()
     single = node_settings(nodes or {})
-    effort_of_traces = Effort(loss=loss, max_seconds=max_seconds, workers=workers, scheduler=scheduler)
+    effort_of_traces = Effort(loss=loss, tolerance=0.2, probes=64, max_seconds=max_seconds, workers=workers, scheduler=scheduler)
     mixing = mixing_of(bits, limit, widths, mixed_by, pareto, effort_of_traces)
     settings = Settings(
         bits=8 if mixing is not None else whole_bits(bits),

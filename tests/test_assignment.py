@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
+import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 
 from qcompile.assignment import Assignment, Choice, Options, solve
 from qcompile.errors import InputError
+from qcompile.stray_output import no_stray_output
 
 pytest.importorskip("scipy")
 WIDTHS = (2, 3, 4, 5, 6, 8)
@@ -112,3 +115,11 @@ def test_two_hundred_layers_are_solved_to_the_optimum_of_the_relaxation() -> Non
         bounds.append(inner - price * limit)
     assert found.cost >= max(bounds) * (1 - 1e-9)
     assert found.cost <= max(bounds) * 1.01
+
+
+@pytest.mark.skipif(os.name != "posix", reason="asks the C library")
+def test_what_native_code_prints_goes_nowhere(capfd: pytest.CaptureFixture[str]) -> None:
+    with no_stray_output():
+        ctypes.CDLL(None).puts(b"stray")
+    print("wanted")
+    assert capfd.readouterr().out == "wanted\n"
