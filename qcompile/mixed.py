@@ -24,6 +24,7 @@ from qcompile.errors import InputError
 from qcompile.sensitivity import Effort, LayerSensitivity, Sensitivity
 
 Assigned: TypeAlias = tuple[tuple[str, int], ...]
+UNIFORM = "uniform"  # beside the measures: one width for all, as wide as the limits allow
 LIMITS = ("avg-bits", "size", "bops", "latency")
 _REST = "everything but the layers' weights"
 _ROUNDS = 4  # of correcting the bytes that are not weights
@@ -38,7 +39,7 @@ class Mixing:
 
     limits: tuple[tuple[str, float], ...]
     widths: tuple[int, ...] = WIDTHS
-    by: tuple[str, ...] = ("noise", "hessian")
+    by: tuple[str, ...] = ("noise", "hessian", UNIFORM)
     pareto: int = 0
     effort: Effort = field(default_factory=Effort)
 
@@ -99,11 +100,13 @@ class Planner:
         """The optimum by `measure`; None where a layer has no such cost (no trace).
 
         Raises InputError where limits cannot be kept."""
+        if measure == UNIFORM:
+            return self._uniform(limits)
         options = [self._options(index, layer, measure) for index, layer in enumerate(self.layers)]
         if None in options:
             return None
         known = [o for o in options if o is not None]
-        uses = {"size": (self.rest / self.float_bytes,), "avg-bits": (0.0,), "bops": (0.0,)}
+        uses = {"size": ((self.rest + _MARGIN) / self.float_bytes,), "avg-bits": (0.0,), "bops": (0.0,)}
         if self.times is not None:
             linear = sum(self.times.floating)
             uses["latency"] = (max(0.0, self.times.whole - linear) / self.times.whole,)
@@ -115,6 +118,26 @@ class Planner:
         if all(bits == FLOAT_BITS for _, bits in assigned):
             raise InputError("the limits let every layer stay float; give a tighter --limit, or --widths without float")
         return assigned
+
+    def narrowest(self) -> Assigned:
+        """Every layer at its least width."""
+        pinned = [(x.spec.node, self.settings.pinned(x.spec.node)) for x in self.layers]
+        return tuple((node, min(self.mixing.widths) if asked is None else asked) for node, asked in pinned)
+
+    def seems_too_large(self, limit: float) -> bool:
+        """Whether no assignment keeps `limit` on bytes, as far as is known."""
+        return self.uses(self.narrowest())["size"] + _MARGIN / self.float_bytes > limit
+
+    def _uniform(self, limits: Mapping[str, float]) -> Assigned | None:
+        """The widest width of integers that all layers (but pinned ones) can have; None where no width keeps the limits."""
+        for bits in sorted((b for b in self.mixing.widths if b != FLOAT_BITS), reverse=True):
+            pinned = [(x.spec.node, self.settings.pinned(x.spec.node)) for x in self.layers]
+            assigned = tuple((node, bits if asked is None else asked) for node, asked in pinned)
+            used = self.uses(assigned)
+            used["size"] += _MARGIN / self.float_bytes
+            if all(used[name] <= limit for name, limit in limits.items()):
+                return assigned
+        return None
 
     def predicted(self, assigned: Assigned) -> float:
         """Noise / signal of the outputs where the layers' measured ones add up."""
@@ -183,13 +206,22 @@ def _ties(layers: Sequence[LayerSensitivity]) -> list[list[str]]:
 def mix(sensitivity: Sensitivity, planner: Planner, attempt: Callable[[Assigned], Tried]) -> Mixed:
     """Solve by each measure, compile, keep the best by SQNR. Raises InputError where the limits cannot be kept."""
     mixing, limits = planner.mixing, dict(planner.mixing.limits)
-    if "size" in limits:
-        limits["size"] -= _MARGIN / planner.float_bytes
     rows: list[dict[str, Any]] = []
-    seen: dict[Assigned, Tried | None] = {}
+    known: dict[Assigned, Tried] = {}
+
+    def once(assigned: Assigned) -> Tried:
+        if assigned not in known:
+            known[assigned] = attempt(assigned)
+        return known[assigned]
+
+    if "size" in limits and planner.seems_too_large(limits["size"]):
+        # Bytes beside the weights are an estimate until a file is written: the smallest one says whether the limit can be kept.
+        narrowest = planner.narrowest()
+        planner.learn(narrowest, once(narrowest).size_bytes)
+    seen: set[Assigned] = set()
     best: tuple[Assigned, Tried, str] | None = None
     for measure in mixing.by:
-        found = _within(planner, measure, limits, attempt)
+        found = _within(planner, measure, limits, once)
         if found is None:
             continue
         assigned, tried = found
@@ -197,11 +229,11 @@ def mix(sensitivity: Sensitivity, planner: Planner, attempt: Callable[[Assigned]
             rows.append({"by": measure, **_row(planner, assigned, tried)})
             if best is None or _decibels(tried) > _decibels(best[1]):
                 best = (assigned, tried, measure)
-            seen[assigned] = None
+            seen.add(assigned)
     if best is None:
         raise InputError("--bits mixed: no trace was estimated in time; raise --max-seconds, or give --mixed-by noise")
     assigned, tried, measure = best
-    front = _front(planner, limits, assigned, tried, attempt)
+    front = _front(planner, limits, assigned, tried, once)
     bits = dict(assigned)
     report = {
         "limits": dict(mixing.limits),

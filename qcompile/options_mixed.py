@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from qcompile.assignment import require_scipy
 from qcompile.context import FLOAT_BITS, WIDTHS, Settings
 from qcompile.errors import InputError
-from qcompile.mixed import LIMITS, Mixing
+from qcompile.mixed import LIMITS, UNIFORM, Mixing
 from qcompile.sensitivity import MEASURES, Effort
 
 BY = ("best", *MEASURES)
-_USUAL = ("noise", "hessian")
+_USUAL = ("noise", "hessian", UNIFORM)
 
 
 def whole_bits(bits: int | str) -> int:

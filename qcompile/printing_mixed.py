@@ -38,7 +38,7 @@ def mixed_lines(report: Mapping[str, Any]) -> Iterator[str]:
     yield f"mixed precision ({limits}): {mixed['average_bits']:.3f} bits a weight, by {mixed['by']}; layers: {spread}"
     for row in mixed["candidates"]:
         reached = "no error" if row["sqnr_db"] is None else f"{row['sqnr_db']:.2f} dB"
-        yield f"  by {row['by']}: {row['average_bits']:.3f} bits, {reached} on calibration samples"
+        yield f"  by {row['by']}: {row['average_bits']:.3f} bits, {reached} on calibration samples held out"
     yield _correlation(mixed)
 
 

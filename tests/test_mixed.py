@@ -13,14 +13,19 @@ from cli_helpers import CNN, MODELS, Command, is_one_error
 from qcompile import compile_model
 from qcompile.audit import audit
 from qcompile.certificate import certify
+from qcompile.context import WIDTHS, Settings
+from qcompile.cut_layer import LayerSpec
 from qcompile.errors import InputError
+from qcompile.hessian import Trace
 from qcompile.inspection import rescales
 from qcompile.interpret import Interpreter
 from qcompile.layer_counts import count_layers
-from qcompile.mixed import packed_bytes
+from qcompile.mixed import Assigned, Mixing, Planner, Tried, mix, packed_bytes
 from qcompile.options_mixed import parse_limits, parse_widths
+from qcompile.probing import WidthCost
 from qcompile.recipe import recipe_of
 from qcompile.runtime import Optimisation, Session
+from qcompile.sensitivity import LayerSensitivity, Sensitivity
 from qcompile.size import size_bytes
 
 pytest.importorskip("scipy")
@@ -157,3 +162,49 @@ def test_the_command_line(command: Command, tmp_path: Path) -> None:
     assert status == 2 and is_one_error(err) and "2 is the nearest" in err
     status, _, err = command(CNN, *args)
     assert status == 2 and "needs a limit" in err
+
+
+def sensitivities(traces: tuple[float, ...] = (4.0, 1.0)) -> Sensitivity:
+    """Two layers of 800 weights, the first one sixteen times as sensitive; noise falls by 6 dB a bit."""
+    found = []
+    for index, trace in enumerate(traces):
+        spec = LayerSpec(f"l{index}", "Conv", "linear", f"w{index}", None, 0, 800, 8)
+        costs = tuple(WidthCost(b, 4.0**-b, 4.0**-b, 16.0 ** (1 - index) * 4.0**-b) for b in WIDTHS)
+        estimate = Trace(trace, trace * 0.9, trace * 1.1, 8, 0.01, 0.01, True)
+        found.append(LayerSensitivity(spec, 1000, estimate, costs))
+    return Sensitivity(tuple(found), 4, "kl")
+
+
+def test_the_best_of_all_candidates_on_held_out_samples_is_kept() -> None:
+    tried: list[Assigned] = []
+
+    def attempt(assigned: Assigned) -> Tried:
+        tried.append(assigned)
+        equal = len({bits for _, bits in assigned}) == 1
+        return Tried(30.0 if equal else 20.0, 5000, sum(b for _, b in assigned) / 2)
+
+    mixing = Mixing((("avg-bits", 5.0),))
+    found = mix(sensitivities(), Planner(sensitivities(), mixing, Settings(), 10_000), attempt)
+    assert dict(found.assigned) == {"l0": 5, "l1": 5}
+    assert found.report["by"] == "uniform"
+    assert len(tried) == len(set(tried))  # none is compiled twice
+    assert {c["by"] for c in found.report["candidates"]} >= {"noise", "uniform"}
+    noise = next(c for c in found.report["candidates"] if c["by"] == "noise")
+    assert noise["bits"] == {"l0": 6, "l1": 4}
+
+
+def test_bytes_beside_the_weights_are_learned_from_the_first_file() -> None:
+    sizes: list[int] = []
+
+    def attempt(assigned: Assigned) -> Tried:
+        sizes.append(3000 + sum(packed_bytes(800, b) for _, b in assigned))
+        return Tried(20.0, sizes[-1], 5.0)
+
+    mixing = Mixing((("size", 0.45),), by=("noise",))  # below what is estimated: 0.4576
+    planner = Planner(sensitivities(), mixing, Settings(), 10_000)
+    found = mix(sensitivities(), planner, attempt)
+    assert sizes[-1] <= 4500
+    assert planner.rest == 3000
+    assert dict(found.assigned) == {"l0": 6, "l1": 3}
+    with pytest.raises(InputError, match=r"--limit size: 0\.35 asked for, 0\.3912 is the nearest"):
+        mix(sensitivities(), Planner(sensitivities(), Mixing((("size", 0.35),), by=("noise",)), Settings(), 10_000), attempt)
