@@ -29,6 +29,7 @@ LIMITS = ("avg-bits", "size", "bops", "latency")
 _REST = "everything but the layers' weights"
 _ROUNDS = 4  # of correcting the bytes that are not weights
 _MARGIN = 512  # bytes by which the final file may exceed the one that was tried: other constants may happen to be equal
+_SPARE = 1.05  # times what other matrices add to the average: it grows a little as the layers get narrower
 _SLACK = 0.002  # of the float file's bytes: an estimate that was off by more is corrected though the limit holds
 
 
@@ -255,23 +256,28 @@ def _within(
 ) -> tuple[Assigned, Tried] | None:
     """The optimum by `measure` that keeps the limits in the written file; None without such a measure."""
     best: tuple[Assigned, Tried] | None = None
-    nearest = math.inf
+    own, nearest = dict(limits), dict.fromkeys(limits, math.inf)
     for _ in range(_ROUNDS):
-        assigned = planner.solve(measure, limits)
+        assigned = planner.solve(measure, own)
         if assigned is None:
             return None
         tried = attempt(assigned)
-        off, ratio = planner.learn(assigned, tried.size_bytes), tried.size_bytes / planner.float_bytes
-        nearest = min(nearest, ratio)
-        if "size" not in limits or ratio <= limits["size"]:
-            if best is None or _decibels(tried) > _decibels(best[1]):
-                best = (assigned, tried)
-            if "size" not in limits or off <= _SLACK * planner.float_bytes:
-                break
+        off = planner.learn(assigned, tried.size_bytes)
+        reached = {"size": tried.size_bytes / planner.float_bytes, "avg-bits": tried.average_bits}
+        nearest |= {name: min(nearest[name], value) for name, value in reached.items() if name in limits}
+        held = all(value <= limits[name] for name, value in reached.items() if name in limits)
+        if held and (best is None or _decibels(tried) > _decibels(best[1])):
+            best = (assigned, tried)
+        if held and ("size" not in limits or off <= _SLACK * planner.float_bytes):
+            break
+        if "avg-bits" in limits:  # matrices that kernels bring along have 8 bits, and count in the file
+            beside = tried.average_bits - planner.uses(assigned)["avg-bits"]
+            own["avg-bits"] = min(own["avg-bits"], limits["avg-bits"] - max(beside, 0.0) * _SPARE)
     if best is None:
-        raise InputError(
-            f"--limit size={limits['size']:g}: no file met it; the nearest has {nearest:.4f} of the float file's bytes"
+        told = ", ".join(
+            f"{name}={limit:g} ({nearest[name]:.4f} was reached)" for name, limit in limits.items() if name in reached
         )
+        raise InputError(f"--limit {told}: no file that was tried keeps it; give a little more")
     return best
 
 

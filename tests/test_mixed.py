@@ -208,3 +208,16 @@ def test_bytes_beside_the_weights_are_learned_from_the_first_file() -> None:
     assert dict(found.assigned) == {"l0": 6, "l1": 3}
     with pytest.raises(InputError, match=r"--limit size: 0\.35 asked for, 0\.3912 is the nearest"):
         mix(sensitivities(), Planner(sensitivities(), Mixing((("size", 0.35),), by=("noise",)), Settings(), 10_000), attempt)
+
+
+def test_matrices_beside_the_layers_count_in_the_average() -> None:
+    def attempt(assigned: Assigned) -> Tried:
+        return Tried(20.0, 5000, sum(b for _, b in assigned) / 2 * 0.99 + 0.08)  # a hundredth of all weights, at 8 bits
+
+    mixing = Mixing((("avg-bits", 5.0),), by=("noise",))
+    found = mix(sensitivities(), Planner(sensitivities(), mixing, Settings(), 10_000), attempt)
+    assert found.report["average_bits"] <= 5
+    assert sum(b for _, b in found.assigned) == 9
+    least = Mixing((("avg-bits", 2.0),), by=("noise",))
+    with pytest.raises(InputError, match="no assignment of widths keeps the limits"):
+        mix(sensitivities(), Planner(sensitivities(), least, Settings(), 10_000), attempt)
