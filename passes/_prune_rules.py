@@ -218,6 +218,7 @@ def _split(t: Trace, node: Node) -> None:
     ends = np.cumsum([0, *sizes])
     for output, (begin, end) in zip(node.outputs, pairwise(ends), strict=True):
         t.mark(output, axis, label.ids[begin:end])
+        t.parts.append(label.ids[begin:end])
 
     def change(keep: Keep) -> None:
         now = [int(keep[a:b].sum()) for a, b in pairwise(ends)]
@@ -326,6 +327,9 @@ def _squeeze(t: Trace, node: Node) -> None:
         t.freeze_inputs(node, _UNKNOWN)
         return
     if node.op == "Squeeze":
+        if label.axis in [a % rank for a in axes]:
+            t.freeze_inputs(node, "its only channel is squeezed away")
+            return
         t.mark(node.outputs[0], label.axis - sum(a % rank < label.axis for a in axes), label.ids)
         return
     wide = rank + len(axes)

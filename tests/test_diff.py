@@ -236,3 +236,25 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 def test_results_are_plain() -> None:
     assert Difference((), None, None, 1, (1, 1), None).as_json()["points"] == []
+
+
+def test_a_layer_of_zeros_is_0_db_and_not_within_any_limit(tmp_path: Path) -> None:
+    """Signal and error are alike there: 0 dB, which is a number and no missing one."""
+    a = save(tmp_path / "a.onnx", "g (float[1, 3] x) => (float[1, 3] y) <float[1] c = {2}> { r = Relu (x)  y = Mul (r, c) }")
+    b = save(tmp_path / "b.onnx", "g (float[1, 3] x) => (float[1, 3] y) <float[1] c = {0}> { r = Relu (x)  y = Mul (r, c) }")
+    np.savez(tmp_path / "d.npz", x=np.ones((2, 3), np.float32))
+    found = diff_models(a, b, str(tmp_path / "d.npz"), within_db=20.0)
+    assert found.first is not None and found.first.op == "Mul"
+    assert found.first.sqnr_db == 0.0
+
+
+def test_values_that_are_not_finite_can_be_reported(tmp_path: Path) -> None:
+    text = "g (float[1, 3] x) => (float[1, 3] y) <float[1] c = {{{}}}> {{ m = Mul (x, c)  r = Sqrt (m)  y = Neg (r) }}"
+    a, b = (save(tmp_path / f"{name}.onnx", text.format(c)) for name, c in (("a", 2), ("b", -2)))
+    np.savez(tmp_path / "d.npz", x=np.ones((2, 3), np.float32))
+    report = tmp_path / "r.json"
+    assert run(cli, ["diff", str(a), str(b), "--eval", str(tmp_path / "d.npz"), "--report", str(report), "--quiet"]) == 0
+    points = {p["op"]: p for p in json.loads(report.read_text())["points"]}
+    assert (points["Mul"]["finite"], points["Sqrt"]["finite"], points["Sqrt"]["sqnr_db"]) == (True, False, None)
+    same = diff_models(b, b, str(tmp_path / "d.npz"))
+    assert same.first is None and all(p.finite and p.own_db is None for p in same.points)
