@@ -26,6 +26,7 @@ from qcompile.passes.linear_form import LinearForm
 from qcompile.passes.lower_integer import LowerInteger
 from qcompile.passes.lower_qoperator import LowerQOperator
 from qcompile.passes.lower_wide import LowerWide
+from qcompile.passes.pack_bits import PackBits
 from qcompile.passes.pack_int4 import PackInt4
 from qcompile.passes.pad_channels import PadChannels
 from qcompile.passes.pair_channels import PairChannels
@@ -101,6 +102,7 @@ PASSES: tuple[Pass, ...] = (
     LowerInteger(),
     CompressSparse(),
     PackInt4(),
+    PackBits(),
 )
 
 _NAMED = (FuseLayerNorm, FuseGelu, FuseActivation)
@@ -113,6 +115,7 @@ _DYNAMIC: tuple[Pass, ...] = (
     SumResiduals(),
     CompressSparse(),
     PackInt4(),
+    PackBits(),
 )
 _WEIGHT_ONLY: tuple[Pass, ...] = (*(p for p in PASSES if isinstance(p, _CANONICAL)), Sparsify(), WeightOnlyInt4())
 _FLOAT: tuple[Pass, ...] = (*(p for p in PASSES if isinstance(p, _CANONICAL)), Sparsify(), CompressSparse())
@@ -138,6 +141,7 @@ _IMPORTED: tuple[Pass, ...] = (
     IntegerHead(),
     LowerInteger(),
     PackInt4(),
+    PackBits(),
 )
 _WITHOUT_DATA = (RecordBatchNorm, ExpectRanges, CorrectMeans)
 _WITH_DATA = (SearchRanges, RefineLayers)

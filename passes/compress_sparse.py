@@ -94,10 +94,10 @@ class CompressSparse:
 
 
 def _narrow(context: Context) -> set[str]:
-    """Names of weights of 4 bits."""
+    """Names of weights of at most 4 bits."""
     if context.plan is None:
         return set()
-    sites = [s for s in context.plan.linears if context.settings.bits_for(s.node.name) == 4]
+    sites = [s for s in context.plan.linears if context.settings.bits_for(s.node.name) <= 4]
     return {s.stored.name for s in sites if s.stored is not None}
 
 

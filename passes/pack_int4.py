@@ -17,14 +17,13 @@ from onnx import TensorProto
 from qcompile.block_packing import int4_tensor
 from qcompile.context import Context
 from qcompile.graph import Const, Graph, Value
+from qcompile.passes._narrow import narrow_weights
 from qcompile.rewrite import Exact, Promise, Report
 
 
 @dataclass(frozen=True)
 class PackInt4:
-    """Pack the weights of integer linear nodes and embedding tables; fires where 4 bits are asked for.
-
-    Layers raised to 8 bits keep their int8 weights."""
+    """Pack the weights of integer linear nodes and embedding tables that have 4 bits."""
 
     name: str = "pack_int4"
     keeps: Promise = field(default_factory=lambda: Exact(fused=True))
@@ -32,11 +31,8 @@ class PackInt4:
     def run(self, graph: Graph, context: Context) -> Report:
         """Rewrites: one a weight tensor. A weight outside [-8, 7] is refused."""
         report = Report()
-        if 4 not in context.settings.widths:
-            return report
-        wanted = _wanted(graph, context)
-        for const in [c for c in graph.constants.values() if c.elem_type == TensorProto.INT8]:
-            if const.name not in wanted and not (context.settings.bits == 4 and _is_table(const)):
+        for const, bits in narrow_weights(graph, context).items():
+            if bits != 4:
                 continue
             values = const.array()
             if values.min(initial=0) < -8 or values.max(initial=0) > 7:
@@ -48,20 +44,6 @@ class PackInt4:
             graph.cleanup()
             graph.sort()
         return report
-
-
-def _wanted(graph: Graph, context: Context) -> set[str]:
-    """Names of the integer weights that are to be packed."""
-    if context.plan is None:  # activations quantised at run time
-        weights = [n.inputs[1] for n in graph.nodes if n.op == "MatMulInteger"]
-        return {w.name for w in weights if isinstance(w, Const)}
-    narrow = [site for site in context.plan.linears if context.settings.bits_for(site.node.name) == 4]
-    return {site.stored.name for site in narrow if site.stored is not None}
-
-
-def _is_table(const: Const) -> bool:
-    """Whether it is an embedding table, which only Gather reads."""
-    return len(const.dims) == 2 and all(n.op == "Gather" and n.inputs[0] is const for n in const.consumers)
 
 
 def _pack(graph: Graph, const: Const, values: npt.NDArray[np.int8]) -> None:

@@ -24,6 +24,7 @@ from qcompile.graph import Array, Graph, Node
 from qcompile.layer_counts import output_sizes
 from qcompile.passes._match import is_op
 from qcompile.passes._prune_budget import Costs, Fixed, Judge, Step, groups_of, layer_slots, order
+from qcompile.passes._prune_hessian import hessian
 from qcompile.passes._prune_latency import fewest_for_latency
 from qcompile.passes._prune_refit import Refit
 from qcompile.passes._prune_rules import trace
@@ -114,6 +115,8 @@ def _base(graph: Graph, feeds: dict[str, Array], budget: str) -> dict[Node, floa
 def _judge(found: Trace, graph: Graph, options: ChannelPruning, samples: list[dict[str, Array]], seed: int) -> Judge:
     if options.criterion == "l1":
         return Fixed(l1(found))
+    if options.criterion == "hessian":
+        return Fixed(hessian(found, graph, samples, seed))
     return Fixed(hrank(found, graph, samples)) if options.criterion == "hrank" else SecondOrder(found, graph, samples, seed)
 
 

@@ -45,7 +45,7 @@ class QuantiseEmbeddings:
                 report.refuse(table.name, reason)
                 continue
             readers = list(table.consumers)
-            integers, scale = _round_rows(table, context.settings.weight_top)
+            integers, scale = round_rows(table.array(), max(context.settings.top_for(n.name) for n in readers))
             _rewrite(graph, table.name, readers, integers, scale)
             report.rewrites += len(readers)
         if report.rewrites:
@@ -72,9 +72,8 @@ def _looks_up(node: Node, table: Const) -> bool:
     return is_op(node, "Gather") and node.inputs[0] is table and node.attr("axis", 0) == 0 and isinstance(node.inputs[1], Value)
 
 
-def _round_rows(table: Const, top: int) -> tuple[Array, Array]:
-    """(int8 [V, D], float32 [V, 1]); a few thousand rows at a time."""
-    values = table.array()
+def round_rows(values: Array, top: int) -> tuple[Array, Array]:
+    """(int8 [V, D], float32 [V, 1]) of float rows; a few thousand rows at a time."""
     integers = np.empty(values.shape, np.int8)
     scales = np.empty((values.shape[0], 1), np.float32)
     for start in range(0, values.shape[0], _ROWS):

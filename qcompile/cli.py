@@ -36,8 +36,9 @@ from qcompile.cli_common import (
 )
 from qcompile.cli_diff import diff
 from qcompile.cli_inspect import inspect
+from qcompile.cli_mixed import mixed_options, sensitivity
 from qcompile.cli_recipe import RECIPE
-from qcompile.command_group import CompileCommand, CompileGroup, LaterChoice, run
+from qcompile.command_group import CompileCommand, CompileGroup, run
 from qcompile.errors import LimitError
 from qcompile.printing import TerminalProgress, console, print_passes
 from qcompile.recipe import Recipe
@@ -57,8 +58,12 @@ def cli() -> None:
 @RECIPE
 @click.option("-o", "--output", type=FILE, metavar="OUT", help="Where to write.  [MODEL with .int8.onnx]")
 @click.option(
-    "--bits", type=LaterChoice(["8", "4", "32"], ["mixed"]), default="8", help="Width of weights; 32: quantise nothing.  [8]"
+    "--bits",
+    type=click.Choice(["8", "6", "5", "4", "3", "2", "mixed", "32"]),
+    default="8",
+    help="Width of weights; mixed: each layer's own, under --limit; 32: quantise nothing.  [8]",
 )
+@mixed_options
 @click.option(
     "--format",
     "format_",
@@ -135,7 +140,9 @@ def cli() -> None:
     "--prune-channels", type=float, metavar="SHARE", help="Remove whole channels, heads and hidden units: the share that goes."
 )
 @click.option(
-    "--prune-criterion", type=click.Choice(["l1", "hrank", "second-order"]), help="Which channels those are.  [second-order]"
+    "--prune-criterion",
+    type=click.Choice(["l1", "hrank", "hessian", "second-order"]),
+    help="Which channels those are.  [second-order]",
 )
 @click.option("--prune-budget", type=click.Choice(["params", "macs", "latency"]), help="What it is a share of.  [macs]")
 @click.option("--channel-multiple", type=click.IntRange(min=1), metavar="N", help="Kept widths are multiples of N.  [8]")
@@ -184,7 +191,7 @@ def compile_command(
             compiled = compile_model(
                 model,
                 output,
-                bits=int(bits),
+                bits=bits if bits == "mixed" else int(bits),
                 format=format_,
                 block=None if block is None else int(block),
                 eval_data=eval_data,
@@ -223,7 +230,7 @@ def passes() -> int:
     return 0
 
 
-for _command in (check, inspect, bench, diff):
+for _command in (check, inspect, bench, diff, sensitivity):
     cli.add_command(_command)
 
 

@@ -6,7 +6,6 @@ import sys
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import click
 
@@ -22,6 +21,7 @@ _USAGE = (
     "inspect MODEL",
     "bench MODEL...",
     "diff A B --eval SPEC",
+    "sensitivity MODEL --data SPEC",
     "passes",
 )
 
@@ -31,20 +31,6 @@ class Invocation:
     """What holds for one run of the program, whichever command it is."""
 
     traceback: bool = False
-
-
-class LaterChoice(click.Choice[str]):
-    """A choice that also knows values which are planned, to refuse them by name."""
-
-    def __init__(self, choices: Sequence[str], later: Sequence[str]) -> None:
-        super().__init__(choices)
-        self._later = tuple(later)
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """The value; a usage error for anything that this version cannot do."""
-        if value in self._later:
-            self.fail(f"{value} is not implemented in this version; choose {' or '.join(self.choices)}", param, ctx)
-        return str(super().convert(value, param, ctx))
 
 
 class CompileGroup(click.Group):

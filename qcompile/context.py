@@ -16,6 +16,7 @@ from qcompile.runtime import Array, Feeds
 from qcompile.sparsity import SparseRecord
 
 FLOAT_BITS = 32  # in `Settings.raised`: the layer stays float
+WIDTHS = (2, 3, 4, 5, 6, 8)  # of integer weights, each within +-(2^(bits-1) - 1)
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,8 @@ class WeightOnly:
 class ChannelPruning:
     """How channels are removed.
 
-    ratio: the share of the budget that goes; budget: params | macs | latency; criterion: l1 | hrank | second-order; multiple:
-    kept widths are multiples of it; keep: names or patterns of layers that stay; refit: weights are fitted anew.
+    ratio: the share of the budget that goes; budget: params | macs | latency; criterion: l1 | hrank | hessian | second-order;
+    multiple: kept widths are multiples of it; keep: names or patterns of layers that stay; refit: weights are fitted anew.
     """
 
     ratio: float
@@ -77,7 +78,8 @@ class Settings:
     effort: fast | default | best.
     exclude: node names or shell patterns that stay float. node_bits, node_ranges: (name or pattern, bits) and (name or pattern,
     low, high) that a user gives; the last that matches counts. raised: (node, bits) of layers that a limit on the result needs
-    to have more bits than the others, `FLOAT_BITS` for float. weight_only: set where activations stay float.
+    to have more bits than the others, `FLOAT_BITS` for float. assigned: (node, bits) that mixed precision chose; node_bits win.
+    weight_only: set where activations stay float.
     sparsity: `2:4` or a share such as `0.5` of weights that become zero; criterion: magnitude | wanda | obd | obs;
     sparsity_scope: layer | global, what a share is a share of; sparse_storage: compressed | dense, of 2:4 weights.
     pruning: set where channels are removed.
@@ -97,6 +99,7 @@ class Settings:
     seed: int = 0
     weight_only: WeightOnly | None = None
     raised: tuple[tuple[str, int], ...] = ()
+    assigned: tuple[tuple[str, int], ...] = ()
     node_bits: tuple[tuple[str, int], ...] = ()
     node_ranges: tuple[tuple[str, float, float], ...] = ()
     inline: bool = False
@@ -120,18 +123,22 @@ class Settings:
 
     @property
     def weight_top(self) -> int:
-        """The largest magnitude of an integer weight where nothing is raised: 127, or 7 for 4 bits."""
+        """The largest magnitude of an integer weight where nothing is raised: 127; 7 for 4 bits, 1 for 2."""
         return int(2 ** (self.bits - 1) - 1)
 
     @property
     def widths(self) -> frozenset[int]:
         """All widths of weights that are asked for."""
-        return frozenset({self.bits, *(bits for _, bits in self.node_bits)})
+        return frozenset({self.bits, *(bits for _, bits in (*self.node_bits, *self.assigned))})
 
     def bits_for(self, name: str) -> int:
         """The width of node `name`'s weights."""
         asked = [bits for pattern, bits in self.node_bits if matches(name, pattern)]
-        return dict(self.raised).get(name, asked[-1] if asked else self.bits)
+        return dict(self.raised).get(name, asked[-1] if asked else dict(self.assigned).get(name, self.bits))
+
+    def pinned(self, name: str) -> int | None:
+        """The width that a user gives node `name`; None where none does."""
+        return next((bits for pattern, bits in reversed(self.node_bits) if matches(name, pattern)), None)
 
     def range_for(self, name: str) -> tuple[float, float] | None:
         """(low, high) that is asked for the output of node `name`, or for the graph input of that name; None: none is."""

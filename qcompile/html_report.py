@@ -32,6 +32,7 @@ def html_page(report: Mapping[str, Any], details: Details) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     from qcompile.html_figures import figures
+    from qcompile.html_mixed import mixed_figures
 
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -47,7 +48,7 @@ def html_page(report: Mapping[str, Any], details: Details) -> str:
         name=name,
         report=report,
         details=details,
-        figures=figures(report, details),
+        figures=figures(report, details) | (mixed_figures(report["mixed"]) if report.get("mixed") else {}),
         limits=_limits(report),
         verdict=_verdict(report),
         cards=_cards(report),

@@ -110,6 +110,17 @@ def count_layers(model: str | Path, feeds: Feeds | None = None) -> list[LayerCou
     return [_count(node, *weight, sizes.get(node)) for node, weight in weighted]
 
 
+def count_tables(model: str | Path) -> list[tuple[int, int]]:
+    """(values, bits as stored) of every embedding table of the file: a matrix of integers whose rows Gather looks up."""
+    graph = Graph.load(model)
+    graph.sort()
+    known: dict[Tensor, tuple[Array, int] | None] = {}
+    tables = dict.fromkeys(n.inputs[0] for n in graph.nodes if n.op == "Gather" and n.attr("axis", 0) == 0)
+    found = [_weights(graph, t, known) for t in tables]
+    # Integers alone: a float table was not quantised; int64 matrices are indices and shapes.
+    return [(int(t[0].size), t[1]) for t in found if t is not None and t[0].ndim == 2 and t[0].dtype.itemsize == 1]
+
+
 def totals(layers: Sequence[LayerCount]) -> dict[str, int | None]:
     """{"parameters", "zeros", "macs", "bops"} of all layers together; parameters are weights, biases not counted."""
     macs, bops = [x.macs for x in layers], [x.bops for x in layers]
@@ -169,7 +180,14 @@ def _evaluate(graph: Graph, tensor: Tensor, known: dict[Tensor, tuple[Array, int
     if nodes is None:
         return None
     value = segment_session(graph, nodes, [], [tensor]).run({})[tensor.name]
-    return value, min((_bits(c) for c in leaves if _is_data(c)), default=_FLOAT_BITS)
+    return value, min((_bits(c) for c in leaves if _is_data(c)), default=_planes(leaves, value.size))
+
+
+def _planes(leaves: Sequence[Const], size: int) -> int:
+    """How many bits each of `size` weights has where they lie in planes of single bits (`qcompile.bit_planes`), else those of a
+    float."""
+    planes = [c.dims for c in leaves if c.elem_type == TensorProto.UINT8 and len(c.dims) == 2]
+    return planes[0][0] if len(planes) == 1 and planes[0][1] == -(-size // 8) else _FLOAT_BITS
 
 
 def _about_zero(node: Node, values: Array, width: int) -> tuple[Array, int] | None:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from qcompile.context import FLOAT_BITS, Settings, WeightOnly, matches
+from qcompile.context import FLOAT_BITS, WIDTHS, Settings, WeightOnly, matches
 from qcompile.criteria import CRITERIA
 from qcompile.errors import InputError
 from qcompile.options_sparsity import check_float
@@ -29,12 +29,14 @@ SPELLINGS = ("matmulnbits", "portable")
 
 def check_settings(settings: Settings, max_drop: float | None, has_evaluation: bool, min_agreement: float | None = None) -> None:
     """Raise InputError for a value that is not offered, or options that cannot go together."""
-    if settings.bits not in (4, 8, FLOAT_BITS):
-        raise InputError(f"--bits {settings.bits}: this version writes weights of 8 or 4 bits (32: float); use one of them")
+    if settings.bits not in (*WIDTHS, FLOAT_BITS):
+        widths = ", ".join(map(str, WIDTHS[::-1]))
+        raise InputError(f"--bits {settings.bits}: weights have {widths} bits, or 32 for float; use one of them")
     if settings.bits == FLOAT_BITS:
         check_float(settings)
-    if 4 in settings.widths and settings.opset is not None and settings.opset < 21:
-        raise InputError(f"--bits 4 --opset {settings.opset}: INT4 tensors need opset 21; leave --opset out")
+    narrow = min(settings.widths)
+    if narrow < 8 and settings.opset is not None and settings.opset < 21:
+        raise InputError(f"--bits {narrow} --opset {settings.opset}: packed weights need opset 21; leave --opset out")
     if settings.weight_only is not None and (settings.node_bits or settings.node_ranges):
         raise InputError("--activations float: bits and range of single nodes are for integer activations; leave them out")
     for name, offered in CHOICES.items():
@@ -147,9 +149,9 @@ def _check_weight_only(settings: Settings, options: WeightOnly) -> None:
         )
 
 
-def output_path(source: Path, output: str | Path | None, bits: int) -> Path:
+def output_path(source: Path, output: str | Path | None, bits: int | str) -> Path:
     """The file to write: `output`, or MODEL.int8.onnx beside the source. Raises InputError where it cannot be written."""
-    suffix = ".pruned.onnx" if bits == FLOAT_BITS else f".int{bits}.onnx"
+    suffix = ".pruned.onnx" if bits == FLOAT_BITS else ".mixed.onnx" if bits == "mixed" else f".int{bits}.onnx"
     path = Path(output) if output is not None else source.with_suffix(suffix)
     if path.is_dir():
         raise InputError(f"{path}: is a folder; give a file name with -o")

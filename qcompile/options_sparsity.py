@@ -7,7 +7,7 @@ from qcompile.criteria import CRITERIA
 from qcompile.errors import InputError
 from qcompile.sparsity import Pattern, parse_sparsity
 
-PRUNE_CRITERIA = ("l1", "hrank", "second-order")
+PRUNE_CRITERIA = ("l1", "hrank", "hessian", "second-order")
 PRUNE_BUDGETS = ("params", "macs", "latency")
 
 

@@ -20,20 +20,23 @@ from qcompile.compilation_report import report_of
 from qcompile.context import FLOAT_BITS, Context, Settings
 from qcompile.convert import lower_opset
 from qcompile.data import Dataset
-from qcompile.errors import DataError, LimitError
+from qcompile.errors import DataError, InputError, LimitError
 from qcompile.fallback import LEAST_SAMPLES, Found, Raised, Trial, search
 from qcompile.graph_io import forget_inner_types, load_proto, write_functions_out
 from qcompile.integer_inputs import take_integers
 from qcompile.integer_outputs import give_integers
 from qcompile.limits import Limits
 from qcompile.load import Loaded, load_model
+from qcompile.mixing import Rehearsal, choose_widths, finish
 from qcompile.names import names_of, shorten_names
 from qcompile.options import check_import, check_node_names, check_settings, output_path, weight_only_of
+from qcompile.options_mixed import check_mixing, mixing_of, whole_bits
 from qcompile.options_sparsity import check_sparsity, pruning_of
 from qcompile.passes import passes_for
 from qcompile.recipe import embedded, node_settings
 from qcompile.report_file import peak_rss_mb
 from qcompile.run_passes import run_passes
+from qcompile.sensitivity import Effort
 from qcompile.sparsity_report import sparsity_json
 from qcompile.stamp import stamp
 from qcompile.tensors import is_external, location
@@ -55,7 +58,15 @@ def compile_model(
     model: str | Path,
     output: str | Path | None = None,
     *,
-    bits: int = 8,
+    bits: int | str = 8,
+    limit: str | Sequence[str] | Mapping[str, float] = (),
+    widths: str | Sequence[int | str] | None = None,
+    mixed_by: str = "best",
+    pareto: int = 0,
+    loss: str = "kl",
+    max_seconds: float | None = None,
+    workers: int = 1,
+    scheduler: str | None = None,
     format: str = "qdq",
     target: str = "any",
     data: str | Path | Dataset | None = None,
@@ -104,11 +115,15 @@ def compile_model(
     inline, io: in format integer, functions are written out; io "integer": inputs and outputs are integers too.
     kernels: in the formats qoperator and integer, GELU and the exponentials of Softmax by table, or ibert: by its polynomials.
     activations: int8, or float for weight-only INT4, whose options are block, symmetric, spelling and accuracy_level.
-    bits: 8, 4, or 32 to quantise nothing. sparsity: "2:4" (N:M along the input channels) or a share of zeros such as 0.5, chosen
+    bits: 8, 6, 5, 4, 3, 2; 32 to quantise nothing; "mixed": each layer's own, of `widths`, under every `limit` ("avg-bits=5", or
+    a mapping): the best by the measures that `mixed_by` names (best | noise | kl | hessian), see `qcompile.mixed`; pareto: points
+    of the front to compile as well; loss, max_seconds: of the Hessian's traces; workers, scheduler: where they are estimated.
+    sparsity: "2:4" (N:M along the input channels) or a share of zeros such as 0.5, chosen
     by `criterion` (magnitude | wanda | obd | obs); sparsity_scope "global": the share is one budget for all layers;
     sparse_storage "dense": 2:4 weights are stored with their zeros.
     prune_channels: the share of `prune_budget` (params | macs | latency) that goes with whole channels; `prune_criterion`: which
-    (l1 | hrank | second-order); widths multiples of `channel_multiple`, layers in `keep` untouched; refit False: weights stay.
+    (l1 | hrank | hessian | second-order); widths multiples of `channel_multiple`, layers in `keep` untouched; refit False:
+    weights stay.
     max_drop: the largest drop of top-1 accuracy, in percentage points, that `eval_data` (with labels) must not contradict;
     min_agreement: the least share of samples that keep their class. Where a limit does not hold on one half of `eval_data`,
     layers are raised to 8 bits, then to float, until it does; the verdict is on the other half (`qcompile.fallback`).
@@ -127,8 +142,10 @@ def compile_model(
     asked = dict(locals())
     start = time.perf_counter()
     single = node_settings(nodes or {})
+    effort_of_traces = Effort(loss=loss, tolerance=0.2, probes=64, max_seconds=max_seconds, workers=workers, scheduler=scheduler)
+    mixing = mixing_of(bits, limit, widths, mixed_by, pareto, effort_of_traces)
     settings = Settings(
-        bits=bits,
+        bits=8 if mixing is not None else whole_bits(bits),
         format=format,
         target=target,
         ranges="minmax" if ranges == "mse" and (effort == "fast" or data is None) else ranges,
@@ -150,26 +167,39 @@ def compile_model(
         sparse_storage=sparse_storage,
         pruning=pruning_of(prune_channels, prune_criterion, prune_budget, channel_multiple, tuple(keep), refit),
     )
+    if mixing is not None:
+        check_mixing(mixing, settings, has_data=data is not None)
     check_settings(settings, max_drop, eval_data is not None, min_agreement)
     check_sparsity(settings, data is not None)
     limits = Limits(max_drop, min_agreement, on_inconclusive, max_requant_loss)
     source = Path(model)
-    path = output_path(source, output, bits)
+    path = output_path(source, output, "mixed" if mixing is not None else settings.bits)
     loaded = load_model(source)
+    if mixing is not None and loaded.quantised:
+        raise InputError("--bits mixed: the model already holds Q/DQ, whose integers are kept; give the float model")
     check_import(settings, loaded.quantised, max_requant_loss)
     given = open_data(loaded, data, eval_data, samples, preprocess, settings)
     if max_drop is not None and given.evaluation is not None and not given.evaluation.has_labels:
         raise DataError("--max-drop compares with the true answers; give --eval data with labels")
     check_node_names([n.name for n in loaded.graph.nodes], [v.name for v in loaded.graph.inputs], settings)
     compiler = _Compiler(source, path, given, diagnose or limits.given, progress)
-    built = compiler.build(loaded, settings, Path(dump_passes) if dump_passes is not None else None)
+    dump = Path(dump_passes) if dump_passes is not None else None
+    mixed = None
+    if mixing is None:
+        built = compiler.build(loaded, settings, dump)
+    else:
+        mixed = choose_widths(source, path, loaded, settings, mixing, given, compiler.rehearsal(), progress)
+        built = compiler.build(load_model(source), replace(settings, assigned=mixed.assigned), dump)
     try:
+        if mixed is not None and mixing is not None:
+            finish(mixed, mixing, source, path)
         found = None
         if limits.given and given.evaluation is not None:
             chosen_by, judged_on = given.evaluation.halves()
-            may_raise = sum(1 for _ in islice(given.evaluation, 2)) == 2  # else there is nothing left to judge on
+            # Two samples at least: else there is nothing left to judge on. What mixed precision chose keeps its own limits.
+            may_raise = mixed is None and sum(1 for _ in islice(given.evaluation, 2)) == 2
             to_float = format != "integer"
-            found = search(compiler.trials(built, chosen_by), limits, bits, may_raise=may_raise, to_float=to_float)
+            found = search(compiler.trials(built, chosen_by), limits, settings.bits, may_raise=may_raise, to_float=to_float)
             built = found.best.built
             built.loaded.graph.save(path)
             given = replace(given, evaluation=judged_on if found.moves else given.evaluation)
@@ -178,10 +208,18 @@ def compile_model(
         report = report_of(source, path, built, audited, measured, given, limits)
         report["data"]["evaluation"] = measured_on
         report["recipe"] = embedded(asked, compile_model)
+        report.update({} if mixed is None else {"mixed": mixed.report})
         report.update(sparsity_json(source, path, built.context, given.calibration))
         report["seconds"] = round(time.perf_counter() - start, 3)
         report["peak_rss_mb"] = peak_rss_mb()
-        if compare_targets and bits != FLOAT_BITS and target == "any" and effort != "fast" and eval_data is not None:
+        if (
+            compare_targets
+            and mixed is None
+            and settings.bits != FLOAT_BITS
+            and target == "any"
+            and effort != "fast"
+            and eval_data is not None
+        ):
             again = partial(compile_model, source, format=format, target=FREE, data=data, samples=samples, eval_data=eval_data)
             again = partial(again, bits=bits, ranges=ranges, effort=effort, exclude=exclude, opset=opset, inputs_as=inputs_as)
             again = partial(again, sparsity=sparsity, criterion=criterion, sparsity_scope=sparsity_scope)
@@ -238,6 +276,13 @@ class _Compiler:
         graph.save(self.path)
         return Built(loaded, rows, context)
 
+    def rehearsal(self) -> Rehearsal:
+        """Builds from every other calibration sample, to be judged on the others; from all where there are fewer than eight."""
+        samples = self.given.calibration
+        part, held_out = samples.halves() if sum(1 for _ in islice(samples, 8)) == 8 else (samples, samples)
+        compiler = replace(self, given=replace(self.given, calibration=part), diagnose=False)
+        return Rehearsal(lambda settings: compiler.build(load_model(self.source), settings), held_out)
+
     def trials(self, first: Built, part: Dataset) -> Callable[[Raised], Trial[Built]]:
         """What `search` tries with: `first` as it stands, and builds with layers raised; measured on `part`."""
 
@@ -289,7 +334,7 @@ def _enforce(compiled: Compiled, accuracy: Accuracy, limits: Limits, found: Foun
     verdicts, broken = limits.verdicts(accuracy)
     compiled.report.update(verdicts)
     compiled.report["fallback"] = found.as_json(accuracy.samples)
-    if not found.enough:
+    if not found.enough and "mixed" not in compiled.report:
         compiled.report["warnings"].append(
             f"--eval has fewer than {2 * LEAST_SAMPLES} samples, too few to choose layers by and to judge: no layer was raised"
         )

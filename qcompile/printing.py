@@ -29,6 +29,7 @@ from qcompile.printing_lines import (
     three_figures,
     worst_lines,
 )
+from qcompile.printing_mixed import mixed_lines
 
 if TYPE_CHECKING:  # they load onnxruntime, which `--help` need not wait for
     from qcompile.certificate import Certificate
@@ -100,7 +101,7 @@ def print_report(report: Mapping[str, Any], out: Console) -> None:
     if report.get("passes"):
         out.print(_pass_table(report["passes"]))
     out.print(_result_table(report))
-    for line in (*sparsity_lines(report), *float_lines(report), *worst_lines(report)):
+    for line in (*mixed_lines(report), *sparsity_lines(report), *float_lines(report), *worst_lines(report)):
         out.print(line)
     if report.get("imported"):
         out.print(imported_line(report["imported"]))

@@ -9,7 +9,7 @@
     max-drop = 1.0
 
     [nodes."/block1/*"]      # a name or a shell pattern; the last that matches counts
-    bits = 4                 # of its weights: 8 or 4
+    bits = 4                 # of its weights: 8, 6, 5, 4, 3 or 2
     [nodes."/head/Gemm"]
     float = true             # stays float
     [nodes."/conv3/Conv"]
@@ -30,6 +30,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
+from qcompile.context import WIDTHS
 from qcompile.errors import InputError
 from qcompile.samples import closest
 
@@ -42,7 +43,16 @@ DEFAULT = Path("qcompile.toml")
 TABLES = ("compile", "check", "nodes")
 _NODE_KEYS = ("bits", "float", "range")
 _RENAMED = {"eval": "eval_data"}
-_NO_RECIPE = {"dump_passes", "latency", "compare_targets", "diagnose", "nodes", "progress"}  # change no byte, or stand apart
+_NO_RECIPE = {
+    "dump_passes",
+    "latency",
+    "compare_targets",
+    "diagnose",
+    "nodes",
+    "progress",
+    "workers",
+    "scheduler",
+}  # change no byte, or stand apart
 _NEGATED = {"no-bias-correction": "bias_correction", "no-latency": "latency"}
 
 
@@ -121,8 +131,8 @@ def node_settings(nodes: Mapping[str, Any], origin: str = "nodes") -> NodeSettin
                 raise InputError(f"{where}: float goes with neither bits nor range")
             exclude += [pattern] if table["float"] else []
         if "bits" in table:
-            if table["bits"] not in (4, 8) or isinstance(table["bits"], bool):
-                raise InputError(f"{where}: bits is {table['bits']!r}; give 8 or 4")
+            if table["bits"] not in WIDTHS or isinstance(table["bits"], bool):
+                raise InputError(f"{where}: bits is {table['bits']!r}; give one of {', '.join(map(str, WIDTHS[::-1]))}")
             bits.append((pattern, int(table["bits"])))
         if "range" in table:
             ranges.append((pattern, *_range(table["range"], where)))
@@ -183,6 +193,7 @@ def embedded(asked: Mapping[str, Any], function: Callable[..., Any]) -> dict[str
         value = getattr(asked[name], "spec", asked[name])
         value = str(value) if isinstance(value, Path) else value
         value = tuple(value) if name == "exclude" else value
+        value = tuple(f"{k}={v:g}" for k, v in value.items()) if isinstance(value, Mapping) else value
         if value is None or value == parameter.default:
             continue
         plain = list(value) if isinstance(value, tuple) else value

@@ -31,7 +31,12 @@ def graph_session(
 
 
 def segment_session(
-    graph: Graph | None, nodes: Sequence[Node], inputs: Sequence[tuple[Value, np.dtype[Any]]], outputs: Sequence[Value]
+    graph: Graph | None,
+    nodes: Sequence[Node],
+    inputs: Sequence[tuple[Value, np.dtype[Any]]],
+    outputs: Sequence[Value],
+    *,
+    threads: int = 0,
 ) -> Session:
     """A session of a few linked `nodes` alone: `inputs` with their types come from outside, constants are taken along."""
     model = ModelProto()
@@ -54,4 +59,4 @@ def segment_session(
         else:
             model.graph.initializer.append(with_data(const.proto, const.directory) if is_external(const.proto) else const.proto)
             model.graph.initializer[-1].name = const.name
-    return Session(model, label=f"segment ending at '{nodes[-1].label}'")
+    return Session(model, threads=threads, label=f"segment ending at '{nodes[-1].label}'")

@@ -69,6 +69,14 @@ def test_defaults_reach_the_pipeline(command: Command, pipeline: FakePipeline) -
         "model": Path("m.onnx"),
         "output": None,
         "bits": 8,
+        "limit": (),
+        "widths": None,
+        "mixed_by": "best",
+        "pareto": 0,
+        "loss": "kl",
+        "max_seconds": None,
+        "workers": 1,
+        "scheduler": None,
         "format": "qdq",
         "target": "any",
         "data": None,
@@ -124,7 +132,9 @@ def test_symmetry_reaches_the_pipeline(flag: str, value: bool, command: Command,
 
 
 def test_every_option_reaches_the_pipeline(command: Command, pipeline: FakePipeline, tmp_path: Path) -> None:
-    args = "-o out.onnx --bits 8 --format qoperator --target vnni --data d.npz --samples 7 --preprocess imagenet --eval e.npz "
+    args = "-o out.onnx --bits mixed --limit size=.2 --limit bops=.5 --widths 2,4 --mixed-by kl --pareto 3 --loss noise "
+    args += "--max-seconds 9 --workers 2 --scheduler tcp://h:1 "
+    args += "--format qoperator --target vnni --data d.npz --samples 7 --preprocess imagenet --eval e.npz "
     args += "--max-drop 0.5 --min-agreement .9 --on-inconclusive pass --max-requant-loss 30 "
     args += "--effort fast --ranges percentile --exclude head --exclude /b/* --opset 17 --inputs-as uint8 --inline --io integer "
     args += "--kernels ibert "
@@ -140,7 +150,15 @@ def test_every_option_reaches_the_pipeline(command: Command, pipeline: FakePipel
     assert pipeline.call == {
         "model": Path("m.onnx"),
         "output": Path("out.onnx"),
-        "bits": 8,
+        "bits": "mixed",
+        "limit": ("size=.2", "bops=.5"),
+        "widths": "2,4",
+        "mixed_by": "kl",
+        "pareto": 3,
+        "loss": "noise",
+        "max_seconds": 9.0,
+        "workers": 2,
+        "scheduler": "tcp://h:1",
         "format": "qoperator",
         "target": "vnni",
         "data": "d.npz",
@@ -228,9 +246,7 @@ def test_a_subcommands_name_wins_over_a_file(command: Command, pipeline: FakePip
     ("args", "said"),
     [
         pytest.param([], "no model is given", id="nothing"),
-        pytest.param(["m.onnx", "--bits", "mixed"], "mixed is not implemented in this version", id="mixed bits"),
         pytest.param(["m.onnx", "--bits", "7"], "'--bits'", id="7 bits"),
-        pytest.param(["m.onnx", "--bits", "mixed"], "mixed is not implemented", id="mixed bits"),
         pytest.param(["m.onnx", "--target", "z80"], "'--target'", id="target"),
         pytest.param(["m.onnx", "--activations", "int4"], "'--activations'", id="activations"),
         pytest.param(["m.onnx", "--block", "16"], "'--block'", id="block"),

@@ -138,4 +138,4 @@ def test_late_imports_stay_below_their_own_layer() -> None:
 def test_passes_and_kernels_are_registered_in_one_place() -> None:
     """Passes see each other's helpers, but nobody below the pipeline imports the registry."""
     users = {name for name in MODULES if "qcompile.passes" in imports(name, everywhere=True)}
-    assert users <= {"qcompile.pipeline", "qcompile.cli", "qcompile.printing", "qcompile.command_group"}
+    assert users <= {"qcompile.pipeline", "qcompile.survey", "qcompile.cli", "qcompile.printing", "qcompile.command_group"}

@@ -13,7 +13,7 @@ from qcompile.errors import InputError
 from qcompile.options import BLOCKS, CHOICES, SPELLINGS, check_settings, output_path, weight_only_of
 
 BAD = [
-    pytest.param({"bits": 5}, r"--bits 5: this version", id="bits"),
+    pytest.param({"bits": 7}, r"--bits 7: weights have 8, 6, 5, 4, 3, 2 bits", id="bits"),
     pytest.param({"bits": 4, "opset": 17}, r"--bits 4 --opset 17", id="bits and opset"),
     pytest.param({"format": "tflite"}, r"--format tflite: choose one of qdq", id="format"),
     pytest.param({"target": "gpu"}, r"--target gpu: choose one of any", id="target"),

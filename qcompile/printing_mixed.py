@@ -1,0 +1,56 @@
+"""Tables of sensitivities and of mixed precision."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+_FLOAT = 32
+
+
+def print_sensitivity(found: Mapping[str, Any], out: Console) -> None:
+    """One row a layer: trace, and the KL of each width where that layer alone has it."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    widths = [c["bits"] for c in found["layers"][0]["widths"]] if found["layers"] else []
+    table.add_column("layer")
+    for name in ("weights", "trace", "95 % interval", "probes", *(f"KL at {b}" for b in widths)):
+        table.add_column(name, justify="right")
+    for layer in found["layers"]:
+        table.add_row(layer["node"], str(layer["weights"]), *_trace(layer["trace"]), *(f"{c['kl']:.2e}" for c in layer["widths"]))
+    out.print(table)
+    out.print(_correlation(found))
+
+
+def mixed_lines(report: Mapping[str, Any]) -> Iterator[str]:
+    """What mixed precision chose, in a few lines."""
+    mixed = report.get("mixed")
+    if not mixed:
+        return
+    limits = ", ".join(f"{name} <= {value:g}" for name, value in mixed["limits"].items())
+    counts: dict[int, int] = {}
+    for layer in mixed["layers"]:
+        counts[layer["bits"]] = counts.get(layer["bits"], 0) + 1
+    spread = ", ".join(f"{n} x {'float' if b == _FLOAT else f'{b} bits'}" for b, n in sorted(counts.items()))
+    yield f"mixed precision ({limits}): {mixed['average_bits']:.3f} bits a weight, by {mixed['by']}; layers: {spread}"
+    for row in mixed["candidates"]:
+        reached = "no error" if row["sqnr_db"] is None else f"{row['sqnr_db']:.2f} dB"
+        yield f"  by {row['by']}: {row['average_bits']:.3f} bits, {reached} on calibration samples held out"
+    yield _correlation(mixed)
+
+
+def _correlation(found: Mapping[str, Any]) -> str:
+    value = found["rank_correlation"].get("all")
+    if value is None:
+        return f"no traces; measured on {found['samples']} samples"
+    return f"rank correlation of prediction and measured KL: {value:.2f} (Hessian of {found['loss']}, {found['samples']} samples)"
+
+
+def _trace(trace: Mapping[str, Any] | None) -> tuple[str, str, str]:
+    if trace is None:
+        return "-", "-", "0"
+    ends = "-" if trace["low"] is None else f"{trace['low']:.3g} .. {trace['high']:.3g}"
+    return f"{trace['mean']:.3g}", ends, str(trace["probes"])
