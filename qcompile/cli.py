@@ -14,6 +14,7 @@ import click
 
 import qcompile
 from qcompile.cli_bench import bench
+from qcompile.cli_bundle import bundle
 from qcompile.cli_check import check
 from qcompile.cli_common import (
     FILE,
@@ -223,7 +224,7 @@ def passes() -> int:
     return 0
 
 
-for _command in (check, inspect, bench, diff):
+for _command in (check, inspect, bench, bundle, diff):
     cli.add_command(_command)
 
 

@@ -3,7 +3,7 @@
 Measured with onnxruntime 1.32 (`make edge`): on x86 with AVX2 and without VNNI, u8 x s8 products of QLinearConv, QLinearMatMul,
 QGemm, MatMulInteger and DynamicQuantizeMatMul are added in pairs that saturate at int16; depthwise convolutions and ConvInteger
 are exact, and so is SSE. On ARM64 without dot products a weight of -128 overflows (two products of -128 with -128; unsigned
-activations are shifted to signed ones first); the depthwise kernel of every ARM64 does so with int8 activations, ConvInteger never.
+activations are shifted to signed ones first); the depthwise kernel of every ARM64 does with int8 ones, ConvInteger never.
 """
 
 from __future__ import annotations
