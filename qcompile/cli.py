@@ -82,9 +82,9 @@ def cli() -> None:
 @click.option("--inline", is_flag=True, help="With --format integer: write functions out.")
 @click.option(
     "--target",
-    type=click.Choice(["any", "vnni", "arm", "tensorrt"]),
+    type=click.Choice(["any", "wasm", "vnni", "arm", "tensorrt"]),
     default="any",
-    help="Machines to run on; any: the same bits everywhere.  [any]",
+    help="Machines to run on; any: the same bits everywhere; wasm: what is slower as int8 there stays float.  [any]",
 )
 @click.option("--data", metavar="SPEC", help="Calibration samples.")
 @SAMPLES

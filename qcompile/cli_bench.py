@@ -28,7 +28,7 @@ from qcompile.report_file import write_report
     default="python",
     help="Where: onnxruntime here, onnxruntime-node, or onnxruntime-web's WebAssembly in Node.  [python]",
 )
-@click.option("--node-modules", type=FOLDER, metavar="DIR", help="With --runtime node or web: the folder that holds node_modules.")
+@click.option("--node-modules", type=FOLDER, metavar="DIR", help="With --runtime node or web: where node_modules lies.")
 @REPORT
 @QUIET
 @TRACEBACK
@@ -59,9 +59,7 @@ def bench(
     else:
         from qcompile.bench_node import bench_in_node
 
-        found = bench_in_node(
-            *models, runtime=runtime, modules=node_modules, data_spec=data, preprocess=preprocess, **options
-        )
+        found = bench_in_node(*models, runtime=runtime, modules=node_modules, data_spec=data, preprocess=preprocess, **options)
     if report is not None:
         write_report(found, report)
     if not quiet:

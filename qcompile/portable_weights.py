@@ -72,6 +72,7 @@ def of_weights(scales: Scales, folder: Path) -> Iterator[Finding]:
     """The findings on operands; weights outside the file are looked for in `folder`. Raises ModelError where they are missing."""
     for product in products(scales, folder):
         node, signed = product.node, product.left_type == _INT8
+        where: tuple[str, ...]
         if signed and product.right_type == _UINT8 and node.op.startswith("QLinear"):
             where = ("every machine",)
             yield Finding("no-kernel", "does not load", where, node.label, node.op, "s8 x u8 has no kernel in onnxruntime")

@@ -108,7 +108,8 @@ def main() -> None:
         rows.append({**row, "float_us": times[0], "int8_us": times[1]})
     for shape in _PRODUCTS:
         times, version = measure(product(*shape), modules)
-        rows.append({"kind": "product", "rows": shape[0], "inputs": shape[1], "outputs": shape[2], "float_us": times[0], "int8_us": times[1]})
+        row = {"kind": "product", "rows": shape[0], "inputs": shape[1], "outputs": shape[2]}
+        rows.append({**row, "float_us": times[0], "int8_us": times[1]})
     ends = []
     for elements in (10_000, 100_000, 1_000_000):
         times, version = measure(boundary(elements), modules)
