@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from qcompile.kernels._protocol import Kernel
+from qcompile.kernels.channel_table import ChannelTable
 from qcompile.kernels.idivide import IDivide
 from qcompile.kernels.igelu import IGelu
 from qcompile.kernels.ilayernorm import ILayerNorm, IRmsNorm
@@ -15,6 +16,7 @@ from qcompile.kernels.table import Table
 from qcompile.kernels.table_exp import TableExp
 
 KERNELS: tuple[type[Kernel], ...] = (
+    ChannelTable,
     DyadicRescale,
     FusedRescale,
     IDivide,

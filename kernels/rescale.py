@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-from onnx import FunctionProto, helper
+from onnx import FunctionProto, TensorProto, helper
 
 from qcompile.dyadic import Int64, round_shift
 from qcompile.kernels._protocol import OPSET, Array, Float64, function, within
@@ -232,8 +232,12 @@ class FusedRescale(DyadicRescale):
     """The same integers from onnxruntime's QGemm: 8 bits, c <= 16, channels on the last axis; a tensor of rank 1 or more.
 
     The multiplier is the float32 b / 2^c, exact as b < 2^24; it stands in the file as the scale of an operand that is all 0.
+    columns: of a matrix [rows, columns]; 0 where the rank or the last dimension is not known: twelve operators instead of three.
     """
 
+    columns: int = 0
+
+    shared: ClassVar[frozenset[str]] = frozenset({"zeros"})
     domain: ClassVar[str] = "int32, any; 1 <= b < 2^24, 0 <= c <= 16; 8 bits; onnxruntime only"
 
     def __post_init__(self) -> None:
@@ -243,11 +247,13 @@ class FusedRescale(DyadicRescale):
         within("fused rescale: c", max(self.c), 0, _MOST_FUSED_SHIFT, "float32 is exact up to 16, use DyadicRescale")
         if self.axis != -1:
             raise ValueError(f"fused rescale: axis {self.axis}: QGemm has its channels last, use DyadicRescale")
+        if self.columns and max(len(self.b), len(self.c)) not in (1, self.columns):
+            raise ValueError(f"fused rescale: {self.columns} columns: there are multipliers for {max(len(self.b), len(self.c))}")
 
     @property
     def name(self) -> str:
-        """DyadicRescaleFused, DyadicRescaleFusedSigned: QGemm's first operand has the type of its result."""
-        return "DyadicRescaleFused" if self.dtype == "uint8" else "DyadicRescaleFusedSigned"
+        """DyadicRescaleFused, DyadicRescaleFusedMatrix; Signed for int8: QGemm's first operand has the type of its result."""
+        return f"DyadicRescaleFused{'Matrix' if self.columns else ''}{'' if self.dtype == 'uint8' else 'Signed'}"
 
     def attributes(self) -> dict[str, int]:
         """None: the type is that of the zero point."""
@@ -257,11 +263,30 @@ class FusedRescale(DyadicRescale):
         """The float32 multiplier and the zero point; for channels the zeros of the operand's zero point too."""
         scale = np.ldexp(self._vector(self.b).astype(np.float32), -self._vector(self.c).astype(np.int32)).astype(np.float32)
         operand_zero = np.zeros(scale.shape, np.int8)
-        return {"scale": scale, "operand_zero": operand_zero, "zero_point": np.asarray(self.zero_point, self.dtype)}
+        zeros = {"zeros": np.zeros((1, self.columns), np.int8)} if self.columns else {}
+        return {"scale": scale, "operand_zero": operand_zero, **zeros, "zero_point": np.asarray(self.zero_point, self.dtype)}
 
     def lower(self) -> FunctionProto:
-        """QGemm of zeros [rows, 1] and zeros [1, channels], with the accumulator as its bias."""
-        text = f"""{self.name} (acc, {", ".join(self.constants())}) => (y) {{
+        """QGemm of any [rows, 1] and zeros [1, channels], with the accumulator as its bias: of a matrix its own first column."""
+        made = function(self._matrix if self.columns else self._any_rank)
+        made.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+        return made
+
+    @property
+    def _matrix(self) -> str:
+        return f"""{self.name} (acc, {", ".join(self.constants())}) => (y) {{
+            first = Constant <value_ints = [0]> ()
+            second = Constant <value_ints = [1]> ()
+            column = Slice (acc, first, second, second)
+            left = Cast <to = {TensorProto.UINT8 if self.dtype == "uint8" else TensorProto.INT8}> (column)
+            unit = Constant <value = float {{1}}> ()
+            left_zero = Constant <value = {self.dtype} {{0}}> ()
+            y = com.microsoft.QGemm (left, unit, left_zero, zeros, scale, operand_zero, acc, unit, zero_point)
+        }}"""
+
+    @property
+    def _any_rank(self) -> str:
+        return f"""{self.name} (acc, {", ".join(self.constants())}) => (y) {{
             shape = Shape (acc)
             bias = Flatten <axis = -1> (acc)
             rows = Shape <start = 0, end = 1> (bias)
@@ -276,6 +301,3 @@ class FusedRescale(DyadicRescale):
             flat = com.microsoft.QGemm (left, unit, left_zero, right, scale, operand_zero, bias, unit, zero_point)
             y = Reshape <allowzero = 1> (flat, shape)
         }}"""
-        made = function(text)
-        made.opset_import.append(helper.make_opsetid("com.microsoft", 1))
-        return made

@@ -21,6 +21,7 @@ from qcompile.passes.fuse_linear import FuseLinear
 from qcompile.passes.import_qdq import ImportQdq
 from qcompile.passes.integer_bias import IntegerBias
 from qcompile.passes.integer_head import IntegerHead
+from qcompile.passes.level_functions import LevelFunctions
 from qcompile.passes.linear_form import LinearForm
 from qcompile.passes.lower_integer import LowerInteger
 from qcompile.passes.lower_qoperator import LowerQOperator
@@ -81,6 +82,7 @@ PASSES: tuple[Pass, ...] = (
     ExpectRanges(),
     Equalise(),
     Smooth(),
+    LevelFunctions(),
     PairChannels(),
     Quantise(),
     QuantiseEmbeddings(),

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from onnx import NodeProto, TensorProto, helper
+from onnx import NodeProto
 
 from qcompile.graph import Array, Const, Graph, Node, Tensor, Value
 from qcompile.kernels._protocol import DOMAIN, Kernel
@@ -62,8 +62,3 @@ def declare_kernel(graph: Graph, kernel: Kernel) -> None:
     proto.doc_string = proto.doc_string or kernel.source
     graph.shell.functions.append(proto)
     graph.shell.ir_version = max(graph.shell.ir_version, _LOCAL_FUNCTIONS)
-
-
-def int32_like(graph: Graph, base: str, like: Tensor) -> Value:
-    """A new int32 tensor named after `base`, of the shape of `like`."""
-    return Value(graph.fresh_name(base), helper.make_tensor_type_proto(TensorProto.INT32, like.dims))

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Protocol
 
+import numpy as np
+
 from qcompile.graph import Node
 from qcompile.passes._prune_trace import Slot, Trace
 
@@ -74,7 +76,10 @@ class Costs:
 
 
 def groups_of(trace: Trace) -> list[tuple[list[int], int]]:
-    """(units, channels a unit) of units that the same layers make, in graph order; frozen ones are left out."""
+    """(units, channels a unit) of units that the same layers make, in graph order; frozen ones are left out.
+
+    Units of different parts of a Split are different groups, so that each part keeps some.
+    """
     makers: dict[int, list[int]] = {}
     width: Counter[tuple[int, int]] = Counter()
     for index, slot in enumerate(trace.of_role("out")):
@@ -83,10 +88,14 @@ def groups_of(trace: Trace) -> list[tuple[list[int], int]]:
                 width[(root, index)] += 1
                 if index not in makers.setdefault(root, []):
                     makers[root].append(index)
-    found: dict[tuple[int, ...], list[int]] = {}
+    parts: dict[int, list[int]] = {}
+    for index, ids in enumerate(trace.parts):
+        for root in np.unique(trace.roots(ids)).tolist():
+            parts.setdefault(root, []).append(index)
+    found: dict[tuple[tuple[int, ...], tuple[int, ...]], list[int]] = {}
     for root, layers in makers.items():
-        found.setdefault(tuple(layers), []).append(root)
-    return [(units, width[(units[0], layers[0])]) for layers, units in found.items()]
+        found.setdefault((tuple(layers), tuple(parts.get(root, ()))), []).append(root)
+    return [(units, width[(units[0], layers[0])]) for (layers, _), units in found.items()]
 
 
 class Judge(Protocol):

@@ -8,10 +8,10 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from qcompile.graph import Const, Graph, Node, Tensor, Value
+from qcompile.graph import Const, Graph, Node, Tensor
 from qcompile.passes._match import ints_of
 from qcompile.passes._prune_reshape import flatten, reshape
-from qcompile.passes._prune_trace import Ids, Label, Trace, is_shared, own_constant
+from qcompile.passes._prune_trace import Label, Trace, is_shared, own_constant
 
 Keep = npt.NDArray[np.bool_]
 
@@ -218,6 +218,7 @@ def _split(t: Trace, node: Node) -> None:
     ends = np.cumsum([0, *sizes])
     for output, (begin, end) in zip(node.outputs, pairwise(ends), strict=True):
         t.mark(output, axis, label.ids[begin:end])
+        t.parts.append(label.ids[begin:end])
 
     def change(keep: Keep) -> None:
         now = [int(keep[a:b].sum()) for a, b in pairwise(ends)]
@@ -326,6 +327,9 @@ def _squeeze(t: Trace, node: Node) -> None:
         t.freeze_inputs(node, _UNKNOWN)
         return
     if node.op == "Squeeze":
+        if label.axis in [a % rank for a in axes]:
+            t.freeze_inputs(node, "its only channel is squeezed away")
+            return
         t.mark(node.outputs[0], label.axis - sum(a % rank < label.axis for a in axes), label.ids)
         return
     wide = rank + len(axes)
@@ -355,12 +359,6 @@ def _resize(t: Trace, node: Node) -> None:
 
 def _rank(tensor: Tensor) -> int | None:
     return None if tensor.dims is None else len(tensor.dims)
-
-
-def ids_of(t: Trace, value: Value) -> Ids | None:
-    """The atoms of `value`'s channels, if it has any."""
-    label = t.label(value)
-    return None if label is None else label.ids
 
 
 _ELEMENTWISE = (

@@ -49,6 +49,7 @@ class Trace:
     graph: Graph
     labels: dict[Tensor, Label] = field(default_factory=dict)
     slots: list[Slot] = field(default_factory=list)
+    parts: list[Ids] = field(default_factory=list)  # channels that a Split makes a tensor of their own: none may become empty
     resizes: list[tuple[Ids, Callable[[npt.NDArray[np.bool_]], None]]] = field(default_factory=list)
     _parent: list[int] = field(default_factory=list)
     _frozen: dict[int, str] = field(default_factory=dict)

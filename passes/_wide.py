@@ -6,18 +6,23 @@ could, the operand is clipped, or divided by a power of two, first.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from math import frexp, isclose
+from typing import TypeVar
 
 import numpy as np
 from onnx import TensorProto, helper
 
 from qcompile.context import Context
 from qcompile.graph import Array, Const, Graph, Node, Tensor, Value
+from qcompile.kernels._protocol import Kernel
 from qcompile.kernels.rescale import DyadicRescale, FusedRescale
 from qcompile.passes._integer_sums import centred, int32_value, plumb
 from qcompile.passes._kernel_call import kernel_call
 from qcompile.passes._rescale import common_shift, dyadic_rescale
+
+_Kernel = TypeVar("_Kernel", bound=Kernel)
 
 INT32_MAX = 2**31 - 1
 _SHIFT = 16
@@ -90,6 +95,12 @@ class Wides:
         if found is None:
             raise Refusal("its result is not quantised to 8 bits by one stored scale")
         return found
+
+    def sole_quantiser(self, output: Value) -> Node | None:
+        """The QuantizeLinear that alone reads `output`."""
+        readers = output.consumers
+        alone = len(readers) == 1 and readers[0].op == "QuantizeLinear" and not self.graph.is_pinned(output)
+        return readers[0] if alone else None
 
     def read(self, tensor: Tensor, scale: float | None = None) -> Wide:
         """`tensor` in wide integers; constants and 8-bit tensors are made so. scale: the step wanted, where there is a choice.
@@ -171,12 +182,13 @@ class Wides:
 
     # --- leaving ------------------------------------------------------------------------------------------------
 
-    def quantise(self, wide: Wide, y: Narrow, name: str, factors: Array | None = None) -> None:
-        """`y` = 8-bit integers of `wide`, by one dyadic rescale: the nearest b/2^16 to the ratio of the scales.
+    def quantise(self, wide: Wide, quantiser: Node, factors: Array | None = None) -> None:
+        """8-bit integers of `wide` in place of `quantiser`, by one dyadic rescale: the nearest b/2^16 to the ratio of the scales.
 
         factors: positive numbers [channels] of the last axis that the values are multiplied by. Steps so fine that b would have
-        fewer than 8 bits are halved first.
+        fewer than 8 bits are halved first. Raises Refusal where the steps are too coarse.
         """
+        y, name = self.written(quantiser), quantiser.inputs[0].name
         result, factor = y.integers, np.asarray(1.0 if factors is None else factors, np.float64)
         assert isinstance(result, Value)
         finest = float(y.scale) * 2.0 ** (_LEAST_BITS - _SHIFT) / float(factor.max())
@@ -185,6 +197,7 @@ class Wides:
         steps = np.maximum(np.rint(wide.scale * factor / float(y.scale) * 2**_SHIFT), 1)
         if steps.max() >= 2**24:
             raise Refusal("its steps are too coarse for 8 bits")
+        self.graph.remove(quantiser)
         notes = {"scale_x": repr(wide.scale), "scale_y": str(y.scale)}
         if result.type is None:
             result.type = helper.make_tensor_type_proto(y.elem_type, wide.integers.dims)
@@ -193,7 +206,9 @@ class Wides:
             dyadic_rescale(self.graph, wide.integers, b, c, y.zero_point, result, y.elem_type, name, notes)
             return
         numerators = tuple(int(v) for v in b.reshape(-1))
-        kernel = FusedRescale(numerators, (c,) * len(numerators), y.zero_point, "int8" if y.signed else "uint8")
+        kind, dims = "int8" if y.signed else "uint8", wide.integers.dims or ()
+        columns = dims[1] if len(dims) == 2 and isinstance(dims[1], int) else 0
+        kernel = FusedRescale(numerators, (c,) * len(numerators), y.zero_point, kind, columns=columns)
         kernel_call(self.graph, kernel, [wide.integers], result, name, notes)
 
     def dequantise(self, wide: Wide, result: Value) -> None:
@@ -215,6 +230,14 @@ def _narrow(node: Node, integers: Tensor) -> Narrow | None:
     if scale is None or zero is None or zero.elem_type not in _EIGHT_BIT or scale.array().size != 1:
         return None
     return Narrow(integers, np.float32(scale.array().reshape(())), int(zero.array().reshape(())), zero.elem_type)
+
+
+def in_domain(make: Callable[[], _Kernel]) -> _Kernel:
+    """The kernel that `make` makes; outside its domain a Refusal. Called before the graph is changed."""
+    try:
+        return make()
+    except ValueError as error:
+        raise Refusal(f"outside the kernel's domain ({error})") from error
 
 
 def nearest_dyadic(ratio: float) -> tuple[int, int]:

@@ -14,7 +14,8 @@ from qcompile.kernels.idivide import IDivide
 from qcompile.passes._integer_sums import plumb
 from qcompile.passes._kernel_call import kernel_call
 from qcompile.passes._match import ints_of, scalar_of
-from qcompile.passes._wide import INT32_MAX, Refusal, Wide, Wides
+from qcompile.passes._wide import INT32_MAX, Refusal, Wide, Wides, in_domain
+from qcompile.passes._wide_sums import MOVES
 from qcompile.placement import pool_area
 
 _SUM_MOST = 2**30
@@ -109,7 +110,9 @@ def multiply(wides: Wides, node: Node) -> None:
 def _smoothed(wides: Wides, node: Node) -> bool:
     """Positive numbers a channel of the last axis, on the way to 8 bits: the multiplier of the rescale takes them in."""
     index = next((i for i in (0, 1) if isinstance(node.inputs[i], Const)), None)
-    if index is None or any(n.op != "QuantizeLinear" for n in node.outputs[0].consumers):
+    if index is None or wides.graph.is_pinned(node.outputs[0]):
+        return False
+    if {n.op for n in node.outputs[0].consumers} != {"QuantizeLinear"}:
         return False
     factors, source = node.inputs[index], node.inputs[1 - index]
     assert isinstance(factors, Const)
@@ -133,12 +136,14 @@ def divide(wides: Wides, node: Node) -> None:
         _scaled(wides, node, left, 1.0 / number)
         return
     right = wides.read(node.inputs[1])
-    if right.scale != 1.0:
+    # The step of a stored tensor may be 1 by chance: its numbers were rounded to it, and may be negative.
+    if right.scale != 1.0 or isinstance(node.inputs[1], Const):
         raise Refusal("it divides by a tensor that holds no whole numbers")
     output = node.outputs[0]
     left = wides.halved(left, IDivide.most, output.name)
     result = wides.value(output.name + "_quotient", output)
-    kernel_call(wides.graph, IDivide(left.scale), [left.integers, right.integers], result, output.name)
+    kernel = in_domain(lambda: IDivide(left.scale))
+    kernel_call(wides.graph, kernel, [left.integers, right.integers], result, output.name)
     wides.set(node, Wide(result, left.scale, left.bound))
 
 
@@ -183,6 +188,8 @@ def _reduce(wides: Wides, node: Node, mean: bool) -> None:
     if mean and len(static) < len(sizes):
         raise Refusal("its mean is over a dimension that is not static")
     output = node.outputs[0]
+    if mean and 0 in static:
+        raise Refusal("its mean is over no values")
     count = int(np.prod(static, dtype=np.int64)) * (_LONGEST if len(static) < len(sizes) else 1)
     wide = wides.halved(wides.read(node.inputs[0]), max(INT32_MAX // max(count, 1), 1), output.name)
     result = wides.value(output.name + "_total", output)
@@ -225,7 +232,7 @@ def from_integers(wides: Wides, node: Node) -> None:
 
 def _seen(wides: Wides, tensor: Tensor) -> int:
     """The largest magnitude in the samples of the graph input that integer `tensor` is moved from."""
-    while tensor.producer is not None and tensor.producer.op in MOVE_OPS:
+    while tensor.producer is not None and tensor.producer.op in MOVES:
         tensor = tensor.producer.inputs[0]
     samples = [s[tensor.name] for s in wides.context.samples if tensor.name in s]
     if tensor.producer is not None or not samples:
@@ -307,7 +314,6 @@ def square(wides: Wides, node: Node) -> None:
     wides.set(node, Wide(wides.binary("Mul", wide.integers, wide.integers, name, node.outputs[0]), wide.scale**2, wide.bound**2))
 
 
-MOVE_OPS = ("Reshape", "Transpose", "Unsqueeze", "Squeeze", "Slice", "Gather", "Expand", "Split", "Flatten", "Identity", "Tile")
 ARITHMETIC: dict[str, Callable[[Wides, Node], None]] = {
     "Add": add,
     "Sum": add,
@@ -325,5 +331,5 @@ ARITHMETIC: dict[str, Callable[[Wides, Node], None]] = {
     "Cast": from_integers,
     "Concat": concat,
     "GlobalAveragePool": average,
-    **dict.fromkeys(MOVE_OPS, move),
+    **dict.fromkeys(MOVES, move),
 }

@@ -17,7 +17,7 @@ from qcompile.kernels.table_exp import TableExp
 from qcompile.passes._integer_sums import plumb
 from qcompile.passes._kernel_call import kernel_call
 from qcompile.passes._masks import Conditions, read_softmax
-from qcompile.passes._wide import INT32_MAX, Exponentials, Narrow, Refusal, Wide, Wides
+from qcompile.passes._wide import INT32_MAX, Exponentials, Narrow, Refusal, Wide, Wides, in_domain
 
 _LARGEST = 255
 _USUAL = 512  # keys; longer rows are divided first
@@ -44,17 +44,15 @@ def softmax(wides: Wides, node: Node) -> None:
         inputs.append(Conditions(graph).tensor(found.keep))
     name, scale, masked = output.name, scores.scale * found.factor, found.keep is not None
     result = Value(graph.fresh_name(name + "_u8"), helper.make_tensor_type_proto(TensorProto.UINT8, output.dims))
-    try:
-        if not graph.is_pinned(output) and all(n.op == "MatMul" and n.inputs[0] is output for n in output.consumers):
-            made = TableExp(scale, masked, scores.bound) if settings.kernels == "table" else IExp(scale, masked)
-            kernel_call(graph, made, inputs, result, name)
-            wides.exponentials[output] = Exponentials(result, longest)
-            return
-        if longest is None or longest > _LONGEST:
-            raise Refusal("a Softmax that is no part of attention, over a row of unknown or too great a length")
-        kernel = ISoftmax(scale, masked, longest, _LEVELS, wide=True)
-    except ValueError as error:
-        raise Refusal(f"outside the kernel's domain ({error})") from error
+    if not graph.is_pinned(output) and all(n.op == "MatMul" and n.inputs[0] is output for n in output.consumers):
+        table = settings.kernels == "table"
+        made = in_domain(lambda: TableExp(scale, masked, scores.bound) if table else IExp(scale, masked))
+        kernel_call(graph, made, inputs, result, name)
+        wides.exponentials[output] = Exponentials(result, longest)
+        return
+    if longest is None or longest > _LONGEST:
+        raise Refusal("a Softmax that is no part of attention, over a row of unknown or too great a length")
+    kernel = in_domain(lambda: ISoftmax(scale, masked, longest, _LEVELS, wide=True))
     wide = wides.value(name + "_probabilities", output)
     kernel_call(graph, kernel, inputs, wide, name)
     wides.set(node, Wide(wide, kernel.output_scale, _LEVELS))
@@ -75,10 +73,7 @@ def _probabilities_of_columns(wides: Wides, node: Node) -> None:
     longest, scores, name = source.dims[axis], wides.read(source), output.name
     if not isinstance(longest, int) or longest > _LONGEST:
         raise Refusal("a Softmax over a row of unknown or too great a length")
-    try:
-        kernel = ISoftmax(scores.scale, False, longest, _LEVELS, wide=True)
-    except ValueError as error:
-        raise Refusal(f"outside the kernel's domain ({error})") from error
+    kernel = in_domain(lambda: ISoftmax(scores.scale, False, longest, _LEVELS, wide=True))
     rows = Value(graph.fresh_name(name + "_rows"), helper.make_tensor_type_proto(TensorProto.INT32, None))
     plumb(graph, "Flatten", [scores.integers], rows, axis=axis)
     made = Value(graph.fresh_name(name + "_of_rows"), rows.type)
@@ -127,11 +122,12 @@ def _zero(wides: Wides, name: str, operand: Narrow | None) -> Tensor:
 
 def _context(wides: Wides, node: Node, e: Exponentials, v: Narrow) -> None:
     output, graph = node.outputs[0], wides.graph
+    short = e.longest is not None and e.longest <= _USUAL
+    longest = e.longest if short and e.longest is not None else _USUAL
+    kernel = in_domain(lambda: INormalise(float(v.scale), longest, any_length=not short))
     acc = _multiplied(wides, e.integers, None, v, output)
     total = Value(graph.fresh_name(output.name + "_total"), helper.make_tensor_type_proto(TensorProto.INT32, None))
     plumb(graph, "MatMulInteger", [e.integers, _ones(wides, node.inputs[1], output.name)], total)
-    short = e.longest is not None and e.longest <= _USUAL
-    kernel = INormalise(float(v.scale), e.longest if short and e.longest is not None else _USUAL, any_length=not short)
     result = wides.value(output.name + "_context", output)
     kernel_call(graph, kernel, [acc, total], result, output.name)
     wides.set(node, Wide(result, kernel.output_scale, _LARGEST * kernel.multiplier + 1))

@@ -53,12 +53,12 @@ def normalise(
         "epsilon": epsilon,
         "input_bits": min(32, wide.bound.bit_length() + 1),
     }
-    quantisers = [n for n in output.consumers if n.op == "QuantizeLinear"]
-    if quantisers and len(output.consumers) == 1 and not wides.graph.is_pinned(output):
-        y = wides.written(quantisers[0])
+    quantiser = wides.sole_quantiser(output)
+    if quantiser is not None:
+        y = wides.written(quantiser)
         kind = "int8" if y.signed else "uint8"
         made = _make(kernel, {**options, "y_scale": float(y.scale), "y_zero_point": y.zero_point, "dtype": kind})
-        wides.graph.remove(quantisers[0])
+        wides.graph.remove(quantiser)
         assert isinstance(y.integers, Value)
         kernel_call(wides.graph, made, [wide.integers], y.integers, name)
         return

@@ -48,7 +48,7 @@ class LowerQOperator:
         if context.settings.format not in ("qoperator", "integer"):
             return report
         for node in list(graph.nodes):
-            if node.domain not in ("", "ai.onnx") or not _between(graph, node):
+            if node.domain not in ("", "ai.onnx") or not _between(node):
                 continue
             try:
                 _lower(graph, node)
@@ -83,7 +83,7 @@ class _Quantised:
         return self.zero.elem_type
 
 
-def _between(graph: Graph, node: Node) -> bool:
+def _between(node: Node) -> bool:
     """Whether `node` computes on dequantised tensors only and ends in integers, or has dequantised weights."""
     if node.op in ("QuantizeLinear", "DequantizeLinear") or not node.outputs:
         return False

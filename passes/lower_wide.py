@@ -160,9 +160,7 @@ def _quantise(wides: Wides, node: Node) -> str | None:
     wide, factors = wides.scaled.get(source, (wides.of.get(source), None))
     if wide is None:
         raise Refusal("")  # the ends of the model, and what is dequantised only to be quantised again
-    y = wides.written(node)
-    wides.graph.remove(node)
-    wides.quantise(wide, y, source.name, factors)
+    wides.quantise(wide, node, factors)
     return None
 
 

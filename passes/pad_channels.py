@@ -152,7 +152,7 @@ class _Region:
                 return _MADE
             stack += found
             for node in tensor.consumers:
-                found = self._consumer(node, tensor)
+                found = self._consumer(node)
                 if found is None:
                     return _READ
                 stack += found
@@ -167,7 +167,7 @@ class _Region:
             return [] if _weight_dims(node)[0] == self.channels else None
         return self._through(node)
 
-    def _consumer(self, node: Node, tensor: Value) -> list[Value] | None:
+    def _consumer(self, node: Node) -> list[Value] | None:
         if _is_conv(node) and not _is_depthwise(node):
             self.sinks[node] = None
             return [] if _weight_dims(node)[1] == self.channels else None

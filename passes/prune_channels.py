@@ -4,8 +4,8 @@
 
 Channels that stand or fall together are found by following them through the graph (`_prune_trace`, `_prune_rules`): residual sums
 tie them, Concat offsets them, depthwise convolutions carry them, Flatten spreads them, heads bind them. Units go in chunks of
-`--channel-multiple`, the smallest loss for what it saves first, until the budget holds; every group keeps one chunk. Then each
-layer is fitted anew by least squares on the calibration samples (`_prune_refit`).
+`--channel-multiple`, the smallest loss for what it saves first, until the budget holds; every group, and each part that a Split
+makes of one, keeps one chunk. Then each layer is fitted anew by least squares on the calibration samples (`_prune_refit`).
 
 Kept, the reason counted: channels that are outputs of the model, that Softmax or LayerNormalization run over, of grouped
 convolutions, of weights that several nodes share, that an unknown operator reads, and of what `--keep` names.

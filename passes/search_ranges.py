@@ -10,11 +10,15 @@ Inputs of the model hold few distinct values, evenly spaced (pixels), and their 
 scaled to [-1, 1] all lie half-way between two steps of their exact range, the worst place there is. Their ranges are
 measured slightly wider as well (`WIDENINGS`), and where one of those rounds far better it is what is narrowed.
 
+What a function reads in 8 bits (GELU as a table) is judged by the output of the linear operator behind the function: rounded and
+clipped values go through both, and what comes out is compared with what the exact values give.
+
 Starts from the exact extremes of the whole calibration; `ranges` other than `mse` and effort `fast` leave it out.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +27,8 @@ import numpy.typing as npt
 
 from qcompile.context import Context
 from qcompile.graph import Graph, Node, Value
+from qcompile.kernel_operands import TABULATED
+from qcompile.passes._match import is_op
 from qcompile.plan import Plan, ScaleClass
 from qcompile.qparams import activation_params
 from qcompile.rewrite import Lossy, Promise, Report
@@ -100,7 +106,8 @@ def _measure(plan: Plan, original: Graph, context: Context, samples: int) -> dic
     inputs = {v.name for v in original.inputs}
     errors: dict[ScaleClass, _Errors] = {}
     for node in list(original.nodes):
-        if node.op not in _READERS or node.name not in integer:
+        behind = _path_behind(node, integer) if is_op(node, *TABULATED) else None
+        if behind is None and (node.op not in _READERS or node.name not in integer):
             continue
         if context.progress is not None:
             context.progress("searching ranges")
@@ -110,8 +117,22 @@ def _measure(plan: Plan, original: Graph, context: Context, samples: int) -> dic
             if place is None or not isinstance(source, Value) or place.low == place.high:
                 continue
             widenings = (1.0,) if inputs.isdisjoint(place.tensors) else WIDENINGS
-            _Reader(node, stream.values(source), context).add(place, errors.setdefault(place, _Errors(widenings)))
+            values = stream.values(source)
+            reader = _Reader(node, values, context) if behind is None else _FunctionReader(behind, values, context)
+            reader.add(place, errors.setdefault(place, _Errors(widenings)))
     return errors
+
+
+def _path_behind(node: Node, integer: set[str]) -> list[Node] | None:
+    """From a function to the first integer Conv or Gemm behind it, past a factor a channel; None where there is none."""
+    path = [node]
+    while len(readers := path[-1].outputs[0].consumers) == 1:
+        path.append(readers[0])
+        if readers[0].op in ("Conv", "Gemm") and readers[0].name in integer:
+            return path
+        if not is_op(readers[0], "Mul", "Reshape", "Identity") or sum(isinstance(t, Value) for t in readers[0].inputs) != 1:
+            return None
+    return None
 
 
 class _Reader:
@@ -122,24 +143,34 @@ class _Reader:
         self.values = values
         self.kind = context.activations
         self.centred = context.settings.bias_correction and node.op in ("Conv", "Gemm")
-        self.session = _bare_session(node)
-        self.signal = max(self._energy(values), 1e-30)
+        self._prepare()
+        self.signal = max(self._energy(self._exact()), 1e-30)
+
+    def _prepare(self) -> None:
+        self.session = _bare_session(self.node)
+
+    def _exact(self) -> Iterable[Array]:
+        return self._outputs(self.values)
 
     def add(self, place: ScaleClass, errors: _Errors) -> None:
         """Add this reader's relative errors to its class's."""
-        rounding = [self._energy(self._rounded(place.low * w, place.high * w)) / self.signal for w in errors.widenings]
+        rounding = [self._cost(self._rounded(place.low * w, place.high * w)) for w in errors.widenings]
         errors.rounding += rounding
         for end, table in ((place.low, errors.low), (place.high, errors.high)):
             if end == 0.0:
                 continue
+            known = self._clipping(end)  # where a function is flat: part of `rounding`
             for index, factor in enumerate(FACTORS[1:], 1):
-                edge = np.float32(end * factor)
-                clipped = [(np.minimum(x, edge) if end > 0 else np.maximum(x, edge)) - x for x in self.values]
-                cost = self._energy(clipped) / self.signal if any(c.any() for c in clipped) else 0.0
+                cost = max(self._clipping(end * factor) - known, 0.0)
                 table[index] += cost
                 if cost > _HOPELESS * rounding[0]:
                     table[index + 1 :] = np.inf
                     break
+
+    def _clipping(self, end: float) -> float:
+        edge = np.float32(end)
+        clipped = [(np.minimum(x, edge) if end > 0 else np.maximum(x, edge)) - x for x in self.values]
+        return self._cost(clipped) if any(c.any() for c in clipped) else 0.0
 
     def _rounded(self, low: float, high: float) -> list[Array]:
         """The error of each value where the range is [low, high]."""
@@ -147,11 +178,19 @@ class _Reader:
         step, ends = float(scale), (self.kind.low, self.kind.high)
         return [((np.clip(np.rint(x / step) + zero, *ends) - zero) * step - x).astype(np.float32) for x in self.values]
 
-    def _energy(self, inputs: list[Array]) -> float:
-        """Sum of squares of the reader's outputs for `inputs`, per-channel mean removed where bias correction removes it."""
+    def _cost(self, errors: list[Array]) -> float:
+        """The energy of what `errors` of the values change, relative to the reader's output."""
+        return self._energy(self._outputs(errors)) / self.signal
+
+    def _outputs(self, errors: list[Array]) -> Iterator[Array]:
+        """What the reader makes of each sample's errors."""
+        for x in errors:
+            yield x if self.session is None else self.session.run({"x": np.ascontiguousarray(x, np.float32)})["y"]
+
+    def _energy(self, outputs: Iterable[Array]) -> float:
+        """Sum of squares, per-channel mean removed where bias correction removes it."""
         total, mean, count = 0.0, np.zeros(1), 0
-        for x in inputs:
-            y = x if self.session is None else self.session.run({"x": np.ascontiguousarray(x, np.float32)})["y"]
+        for y in outputs:
             y = y.astype(np.float64)
             total += float(np.square(y).sum())
             if self.centred:
@@ -159,6 +198,31 @@ class _Reader:
                 mean = mean + y.sum(axis=axes)
                 count += y.size // y.shape[1]
         return max(total - float((mean * mean).sum()) / count, 0.0) if self.centred else total
+
+
+class _FunctionReader(_Reader):
+    """A function with the linear operator behind it (`path`); what an error changes there is no sum of outputs."""
+
+    def __init__(self, path: list[Node], values: list[Array], context: Context) -> None:
+        self.path = path
+        super().__init__(path[-1], values, context)
+
+    def _prepare(self) -> None:
+        source, result = self.path[0].inputs[0], self.path[-1].outputs[0]
+        assert isinstance(source, Value)
+        self.names = source.name, result.name
+        self.whole = segment_session(None, self.path, [(source, np.dtype(np.float32))], [result])
+        self.exact = [self._run(x) for x in self.values]
+
+    def _run(self, x: Array) -> Array:
+        return self.whole.run({self.names[0]: np.ascontiguousarray(x, np.float32)})[self.names[1]]
+
+    def _exact(self) -> Iterable[Array]:
+        return self.exact
+
+    def _outputs(self, errors: list[Array]) -> Iterator[Array]:
+        for x, error, exact in zip(self.values, errors, self.exact, strict=True):
+            yield self._run(x + error) - exact
 
 
 def _bare_session(node: Node) -> Session | None:

@@ -135,7 +135,7 @@ class _Sink:
                 return 0
             inputs: list[Tensor | None] = [source, *node.inputs[1:]]
         else:
-            found_inputs = [self._operand(t, dims, source) for t in node.inputs]
+            found_inputs = [self._operand(t, dims) for t in node.inputs]
             if any(t is None for t in found_inputs):
                 return 0
             inputs = [self._made(t, source) for t in found_inputs if t is not None]
@@ -151,7 +151,7 @@ class _Sink:
         self.graph.node("Reshape", [moved, reshape.inputs[1]], [output])
         return 1
 
-    def _operand(self, tensor: Tensor, dims: Dims, source: Tensor) -> Tensor | None:
+    def _operand(self, tensor: Tensor, dims: Dims) -> Tensor | None:
         """What stands for `tensor` next to rows: itself where it is the same for every row, or has the full shape; else None."""
         if tensor.name == "":
             return tensor

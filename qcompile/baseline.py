@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +133,7 @@ def _sqnr(old_noise: Array, evaluation: Evaluation) -> Finding:
         reason = "the outputs are equal now" if not new_noise.any() else f"{count} samples are too few to show a change"
         return Finding(limit, "pass", None, None, None, count, None, reason)
     rows = np.stack([new_noise, old_noise], axis=1)  # signal and noise: by how many dB the noise grew
-    found = bootstrap_interval(rows, decibels)
+    found = bootstrap_interval(rows, partial(decibels, neither=0.0))
     value, low, high = (float(x) for x in (found.value, found.low, found.high))
     reason = f"SQNR {value:.2f} dB below the baseline, interval {low:.2f} to {high:.2f}, margin {SQNR_MARGIN:g} dB"
     return Finding(limit, "fail" if low > SQNR_MARGIN else "pass", value, low, high, count, None, reason)

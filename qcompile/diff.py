@@ -42,6 +42,7 @@ _SCALES = {
 class Point:
     """One tensor that both models compute. layer: the node that it comes from, quantisation skipped; None stands for no error.
 
+    A difference that is not finite (NaN or Inf in one model only) is -inf dB.
     constants: names of constants of B on the way here that differ from A's, with their largest relative change.
     """
 
@@ -55,8 +56,15 @@ class Point:
     constants: tuple[tuple[str, float], ...]
 
     def as_json(self) -> dict[str, Any]:
-        """One entry of the result's `points`."""
-        return asdict(self)
+        """One entry of the result's `points`; `finite` is false, and the number null, where it is -inf dB."""
+        levels = {"sqnr_db": self.sqnr_db, "own_db": self.own_db}
+        plain = {key: None if value == -math.inf else value for key, value in levels.items()}
+        return {**asdict(self), **plain, "finite": self.finite}
+
+    @property
+    def finite(self) -> bool:
+        """Whether both numbers are."""
+        return -math.inf not in (self.sqnr_db, self.own_db)
 
 
 @dataclass(frozen=True)
@@ -115,7 +123,9 @@ def diff_models(
             points.append(point)
     if not points:
         raise ModelError(f"{paths[0]}, {paths[1]}: no tensor of the one was found in the other; are they of one origin?")
-    apart = [p for p in points if not p.identical and (within_db is None or (p.sqnr_db or math.inf) < within_db)]
+    apart = [
+        p for p in points if not p.identical and (within_db is None or (math.inf if p.sqnr_db is None else p.sqnr_db) < within_db)
+    ]
     adding = [p for p in points if p.own_db is not None]
     worst = min(adding, key=lambda p: p.own_db or 0.0) if adding else None
     counts = len(graphs[0].nodes), len(graphs[1].nodes)
@@ -206,14 +216,15 @@ class _Walk:
 
 
 def decibels(wanted: Sequence[Array], got: Sequence[Array]) -> float | None:
-    """10 log10(|a|^2 / |a - b|^2) over all samples, equal infinities left out; None for no error."""
+    """10 log10(|a|^2 / |a - b|^2) over all samples, equal infinities and common NaN left out; None for no error."""
     signal = noise = 0.0
     for a, b in zip(wanted, got, strict=True):
         x, y = a.astype(np.float64).ravel(), b.astype(np.float64).ravel()
-        unequal = ~(np.isinf(x) & (x == y))
+        unequal = ~((np.isinf(x) & (x == y)) | (np.isnan(x) & np.isnan(y)))
         x, y = x[unequal], y[unequal]
-        signal += float(x @ x)
-        noise += float(np.square(x - y).sum())
+        with np.errstate(invalid="ignore"):  # Inf - Inf, which the noise shows
+            signal += float(x @ x)
+            noise += float(np.square(x - y).sum())
     if noise == 0:
         return None
     return 10 * math.log10(max(signal, 1e-30) / noise) if math.isfinite(noise) else -math.inf
@@ -302,10 +313,12 @@ def _real(tensor: Value) -> Any:
 
 
 def _change(a: Array, b: Array) -> float:
-    """Largest change relative to the largest magnitude; infinite for other shapes or types."""
+    """Largest change relative to the largest magnitude; infinite for other shapes or types, and where it is no number."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return math.inf
-    if a.dtype.kind not in "fiub" or np.array_equal(a, b):
+    if a.dtype.kind not in "fiub" or np.array_equal(a, b, equal_nan=a.dtype.kind == "f"):
         return 0.0
     largest = float(np.abs(a.astype(np.float64)).max(initial=0.0)) or 1.0
-    return float(np.abs(a.astype(np.float64) - b.astype(np.float64)).max()) / largest
+    with np.errstate(invalid="ignore"):
+        change = float(np.abs(a.astype(np.float64) - b.astype(np.float64)).max()) / largest
+    return change if math.isfinite(change) else math.inf

@@ -51,6 +51,11 @@ class Evaluation(Comparison):
             return found
         before, after = self.terms()
         float_score, score = (np.asarray(metric.score(rows.mean(axis=0))) for rows in (before, after))
+        if not metric.higher_is_better and not float(float_score) > 0:
+            raise DataError(
+                f"--metric {metric.name}: the float model's score is {float(float_score):g}; a drop in per cent of it "
+                "has no meaning"
+            )
         lost = won = None
         if metric.binary:
             lost = int((before[:, 0] > after[:, 0]).sum())
@@ -61,7 +66,7 @@ class Evaluation(Comparison):
             metric=metric.name,
             float_score=float(float_score),
             quantised_score=float(score),
-            drop_points=float(self._drop(float_score, score)),
+            drop_points=float(drop_of(metric, float_score, score)),
             lost=lost,
             won=won,
         )
@@ -80,7 +85,7 @@ class Evaluation(Comparison):
         width = before.shape[1]
 
         def drop(means: Array) -> Array:
-            return self._drop(metric.score(means[..., :width]), metric.score(means[..., width:]))
+            return drop_of(metric, metric.score(means[..., :width]), metric.score(means[..., width:]))
 
         return bootstrap_interval(np.concatenate([before, after], axis=1), drop, seed=seed)
 
@@ -88,16 +93,6 @@ class Evaluation(Comparison):
     def data_sha256(self) -> str:
         """Fingerprint of all feeds and labels so far."""
         return self._digest.hexdigest()
-
-    def _drop(self, float_score: Array, score: Array) -> Array:
-        metric = self.metric
-        assert metric is not None
-        if not metric.higher_is_better and not np.all(np.asarray(float_score) > 0):
-            raise DataError(
-                f"--metric {metric.name}: the float model's score is {float(np.min(float_score)):g}; a drop in per cent of it "
-                "has no meaning"
-            )
-        return drop_of(metric, np.asarray(float_score), np.asarray(score))
 
     def _fingerprint(self, feeds: Feeds, label: int | Array | None) -> None:
         for name in sorted(feeds):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -24,6 +23,7 @@ from qcompile.statistics import (
     Outcome,
     advice,
     bootstrap_interval,
+    finite,
     outcome_of,
     samples_for,
 )
@@ -63,7 +63,8 @@ class Gate:
 class Finding:
     """One limit: `limit` as it was asked for, the measured `value` with its interval, and the outcome.
 
-    Without an interval (a size) `low` and `high` are None; None also stands for an infinite SQNR.
+    Without an interval (a size) `low` and `high` are None; None also stands for an infinite SQNR, and in JSON for whatever is
+    infinite.
     """
 
     limit: str
@@ -77,7 +78,7 @@ class Finding:
 
     def as_json(self) -> dict[str, Any]:
         """One entry of the report's `gate.limits`."""
-        return asdict(self)
+        return {**asdict(self), **{name: finite(getattr(self, name)) for name in ("value", "low", "high")}}
 
 
 @dataclass(frozen=True)
@@ -192,16 +193,11 @@ def of_verdict(verdict: Verdict, limit: str) -> Finding:
     )
 
 
-def decibels(means: Array) -> Array:
-    """SQNR of means [..., (signal, noise)]; infinite where a resample holds no noise."""
-    with np.errstate(divide="ignore"):
-        found: Array = 10 * np.log10(means[..., 0] / np.maximum(means[..., 1], 0.0))
-    return found
-
-
-def in_order(findings: Iterable[Finding], on_inconclusive: str) -> Judged:
-    """The findings as one judgement."""
-    return Judged(tuple(findings), on_inconclusive)
+def decibels(means: Array, neither: float = math.inf) -> Array:
+    """SQNR of means [..., (signal, noise)]; infinite where a resample holds no noise, `neither` where no signal either."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found = 10 * np.log10(means[..., 0] / np.maximum(means[..., 1], 0.0))
+    return np.where(np.isnan(found), neither, found)
 
 
 @dataclass(frozen=True)

@@ -202,7 +202,8 @@ def _move(node: Node, values: Array) -> Array | None:
     if node.op == "Transpose":
         return np.asarray(np.transpose(values, node.attr("perm")))
     if node.op == "Flatten":
-        axis = int(node.attr("axis", 1)) % (values.ndim + 1)
+        axis = int(node.attr("axis", 1))
+        axis += values.ndim if axis < 0 else 0
         return values.reshape(int(np.prod(values.shape[:axis])), -1)
     target = node.constant(1)
     if target is None:

@@ -63,7 +63,10 @@ def _domain(name: str) -> str:
 
 
 class SingleNodeRunner:
-    """Runs single nodes in onnxruntime, one cached session for each node and combination of input types."""
+    """Runs single nodes in onnxruntime, one cached session for each node and combination of input types.
+
+    One thread each: hundreds of sessions live at once, and the idle threads of all of them would spin against the one at work.
+    """
 
     def __init__(self, model: onnx.ModelProto) -> None:
         self._opsets = list(model.opset_import)
@@ -86,7 +89,8 @@ class SingleNodeRunner:
                 [onnx.ValueInfoProto(name=name) for name in wanted],
             )
             single = helper.make_model(graph, opset_imports=self._opsets, ir_version=self._ir_version)
-            self._sessions[key] = Session(single, optimisation=Optimisation.OFF, label=f"node {step.name} ({step.op})")
+            label = f"node {step.name} ({step.op})"
+            self._sessions[key] = Session(single, optimisation=Optimisation.OFF, threads=1, label=label)
         values = self._sessions[key].run(feeds, wanted)
         return [values[name] if name else np.empty(0, np.float32) for name in step.outputs]
 

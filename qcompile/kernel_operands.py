@@ -12,6 +12,7 @@ from onnx import TensorProto
 
 from qcompile.context import Settings
 from qcompile.graph import Const, Graph, Node, Value
+from qcompile.levelled import levelled
 
 #: Functions of one tensor, by ONNX operator, that a table of 256 entries computes.
 TABULATED = frozenset(
@@ -50,7 +51,9 @@ def kernel_operands(graph: Graph, settings: Settings) -> Iterator[tuple[Node, in
             yield from _product_operands(node)
         elif node.op in TABULATED and _float(node.inputs[0]):
             stays = _in_norm(node) or (settings.format == "qoperator" and is_head(graph, node))
-            yield from () if stays else ((node, 0),)
+            if not stays:
+                found = levelled(graph, node)
+                yield (node, 0) if found is None else (found.product, found.product.inputs.index(found.x))
 
 
 def is_head(graph: Graph, node: Node) -> bool:

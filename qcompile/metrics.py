@@ -198,10 +198,16 @@ def parse_metric(text: str) -> Metric:
 
 
 def drop_of(metric: Metric, float_score: Array, quantised_score: Array) -> Array:
-    """How much worse the second score is: 100 (float - quantised) points; where lower is better, per cent of the float score."""
+    """How much worse the second score is: 100 (float - quantised) points; where lower is better, per cent of the float score.
+
+    Of a float score that is not above 0 (a resample without any error) no per cent can be taken: infinite, or 0 where equal.
+    """
+    change = np.asarray(quantised_score - float_score)
     if metric.higher_is_better:
-        return 100 * (float_score - quantised_score)
-    return 100 * (quantised_score - float_score) / float_score
+        return -100 * change
+    parts = np.where(np.asarray(float_score) > 0, float_score, 0.0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(change == 0, 0.0, 100 * change / parts)
 
 
 def _first(means: Array) -> Array:

@@ -45,7 +45,7 @@ def prune(weight: Array, moment: Array, rule: Rule, damping: float = 0.01) -> tu
     rough, wanted = hessian.astype(np.float32), target.astype(np.float32)
     best: tuple[FloatArray, Mask] | None = None
     least: FloatArray = np.zeros(0)
-    for mask in _proposals(target, hessian, inverse, rule, damping):
+    for mask in _proposals(target, hessian, inverse, rule):
         fitted = refit(wanted, rough, mask, steps=_TRIAL_STEPS).astype(np.float64)
         error = _errors(fitted - target, hessian)
         if best is None:
@@ -109,7 +109,7 @@ def _prepared(moment: Array, damping: float) -> tuple[FloatArray, FloatArray]:
     return h, np.swapaxes(factor, 1, 2) @ factor
 
 
-def _proposals(target: FloatArray, hessian: FloatArray, inverse: FloatArray, rule: Rule, damping: float) -> list[Mask]:
+def _proposals(target: FloatArray, hessian: FloatArray, inverse: FloatArray, rule: Rule) -> list[Mask]:
     diagonal = np.einsum("gkk->gk", hessian)[:, None, :]
     found = [
         keep_mask(np.square(target) * diagonal, rule),

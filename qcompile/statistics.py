@@ -95,6 +95,11 @@ def advice(needed: int | None) -> str:
     return f"about {needed} samples would decide it"
 
 
+def finite(number: float | None) -> float | None:
+    """As a report holds it: None for what is infinite."""
+    return number if number is not None and math.isfinite(number) else None
+
+
 def check_confidence(confidence: float) -> None:
     """Raise InputError where it is no two-sided confidence."""
     if not 0.5 <= confidence <= 0.9999:

@@ -30,7 +30,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from qcompile.errors import DataError, InputError
-from qcompile.statistics import CONFIDENCE, MOST_SAMPLES, Outcome, advice, check_confidence, round_up
+from qcompile.statistics import CONFIDENCE, MOST_SAMPLES, Outcome, advice, check_confidence, finite, round_up
 
 _BISECTIONS = 50  # interval ends to 2^-50, far below one sample in MOST_SAMPLES
 
@@ -53,8 +53,8 @@ class Verdict:
     reason: str
 
     def as_json(self) -> dict[str, object]:
-        """The fields under their own names."""
-        return asdict(self)
+        """The fields under their own names; ends that are infinite are None."""
+        return {**asdict(self), **{name: finite(getattr(self, name)) for name in ("drop_points", "low", "high")}}
 
 
 def judge_drop(

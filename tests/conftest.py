@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+from hypothesis import settings
 
 from qcompile.cli import cli
 from qcompile.command_group import run
+
+settings.register_profile("shared machine", deadline=None)  # how long an example takes says nothing on a busy machine
+settings.load_profile("shared machine")
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qcompile.kernels import (
+    ChannelTable,
     DyadicRescale,
     FusedRescale,
     IDivide,
@@ -165,6 +166,21 @@ def _table_of(name: str, sy: float = 0.03, zy: int = 6, sx: float = 0.04, zx: in
     return _table(Table(named(name), sx, zx, sy, zy, **kinds))
 
 
+def _channel_table(name: str, axis: int = -1, zx: int = 128, zy: int = 6, **kinds: Any) -> Case:
+    """Every input in every channel; channels of three kinds, in no order."""
+    numbers = ((0.04, 0.0, 1.0), (0.01, -1.3, 0.25), (0.16, 3.0, 2.0**-0.5))
+    kernel = ChannelTable(named(name), 1.0, zx, 0.03, zy, numbers, (2, 0, 1, 1, 0), axis, **kinds)
+
+    def inputs() -> list[tuple[Array, ...]]:
+        every = np.arange(256, dtype=np.uint8).view(kernel.input_type)
+        behind = [3] * (-axis - 1)
+        rows = np.repeat(every, 5).reshape(256, 5, *[1] * len(behind))
+        shuffled = np.random.default_rng(0).choice(every, (40, 5, *behind))
+        return [(rows,), (shuffled,), (shuffled.reshape(2, 20, 5, *behind),)]
+
+    return Case(kernel, inputs)
+
+
 def ties(numerator: int, denominator: int, bits: int, seed: int = 0) -> Array:
     """x [1, n] int32 next to where x numerator / denominator is k + 1/2, k inside and just beyond `bits` bits, and landmarks."""
     rng = np.random.default_rng(seed)
@@ -287,6 +303,9 @@ CASES: dict[str, Case] = {
         f"DyadicRescale {b}/2^{c}": _rescale(DyadicRescale((b,), (c,), 131))
         for b, c in ((1, 0), (3, 1), (65, 16), (2**24 - 1, 22))
     },
+    "ChannelTable Gelu": _channel_table("Gelu"),
+    "ChannelTable Sigmoid int8 to int8, maps": _channel_table("Sigmoid", -3, -5, -120, input_type=np.int8, output_type=np.int8),
+    "ChannelTable Gelu to int32": _channel_table("Gelu", zy=0, output_type=np.int32),
     "DyadicRescale int8": _rescale(DyadicRescale((77,), (9,), -128, "int8")),
     "DyadicRescale int16": _rescale(DyadicRescale((12345,), (14,), -7, "int16")),
     "DyadicRescale channels": _rescale(DyadicRescale(*_CHANNELS, 128), (3, 40, 24)),
@@ -296,6 +315,8 @@ CASES: dict[str, Case] = {
     "FusedRescale": _rescale(FusedRescale((65,), (16,), 131), runtime_only=True),
     "FusedRescale int8": _rescale(FusedRescale((77,), (9,), -128, "int8"), runtime_only=True),
     "FusedRescale channels": _rescale(FusedRescale(*_CHANNELS, 128), (3, 40, 24), runtime_only=True),
+    "FusedRescale matrix": _rescale(FusedRescale(*_CHANNELS, 128, columns=24), (400, 24), runtime_only=True),
+    "FusedRescale matrix int8, one b": _rescale(FusedRescale((77,), (9,), -128, "int8", columns=7), (900, 7), runtime_only=True),
     **{f"RatioRescale {p}/{q}": _ratio(RatioRescale(p, q, 131)) for p, q in ((1, 1), (1, 1023), (7, 255), (10**9, 3))},
     "RatioRescale int8": _ratio(RatioRescale(5, 1023, -128, "int8")),
     "ISqrt": _root(False),

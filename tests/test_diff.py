@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,23 @@ LINEAR = ("Conv", "Gemm", "MatMul", "QLinearConv", "QLinearMatMul", "QGemm")
 
 def compiled(source: Path, path: Path, data: str = CALIBRATION, **options: Any) -> Path:
     return compile_model(source, path, data=data, effort="fast", latency=False, **options).path
+
+
+Compile = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Compile:
+    """A compiled model as `compiled` makes it, once for all tests that damage a copy of it."""
+    made: dict[tuple[object, ...], Path] = {}
+
+    def call(source: Path, data: str = CALIBRATION, **options: Any) -> Path:
+        key = (source, data, *sorted(options.items()))
+        if key not in made:
+            made[key] = compiled(source, tmp_path_factory.mktemp("good") / "good.onnx", data, **options)
+        return made[key]
+
+    return call
 
 
 def plant(source: Path, target: Path, which: int, *, weights: bool, factor: float = 1.5) -> str:
@@ -66,10 +84,10 @@ def names(point: Any) -> str:
 @pytest.mark.parametrize("format", ["qdq", "qoperator"])
 @pytest.mark.parametrize("which", [0, 1, 3])
 @pytest.mark.parametrize("source", [CNN, VIT], ids=["cnn", "vit"])
-def test_a_planted_weight_scale_is_found(source: Path, which: int, format: str, tmp_path: Path) -> None:
-    good = compiled(source, tmp_path / "good.onnx", format=format)
-    layer = plant(good, tmp_path / "bad.onnx", which, weights=True)
-    found = diff_models(good, tmp_path / "bad.onnx", DIGITS)
+def test_a_planted_weight_scale_is_found(source: Path, which: int, format: str, good: Compile, tmp_path: Path) -> None:
+    sound = good(source, format=format)
+    layer = plant(sound, tmp_path / "bad.onnx", which, weights=True)
+    found = diff_models(sound, tmp_path / "bad.onnx", DIGITS)
     assert found.first is not None and found.worst is not None
     assert (names(found.first), names(found.worst)) == (layer, layer)
     assert found.first.constants and found.first.constants[0][1] == pytest.approx(0.5, rel=1e-3)
@@ -89,11 +107,11 @@ def test_a_planted_activation_scale_is_found(which: int, tmp_path: Path) -> None
 @pytest.mark.skipif(not ZOO.is_dir(), reason="../shared/zoo is absent")
 @pytest.mark.parametrize("task", ["mobilenet_v1", "resnet20_cifar10", "minilm_sst2"])
 @pytest.mark.parametrize("which", [2, 11])
-def test_a_planted_scale_in_a_real_model_is_found(task: str, which: int, tmp_path: Path) -> None:
+def test_a_planted_scale_in_a_real_model_is_found(task: str, which: int, good: Compile, tmp_path: Path) -> None:
     tasks = ZOO / "tasks.py"
-    good = compiled(ZOO / task / "model.onnx", tmp_path / "good.onnx", f"{tasks}:{task}_calib", samples=8)
-    layer = plant(good, tmp_path / "bad.onnx", which, weights=True)
-    found = diff_models(good, tmp_path / "bad.onnx", f"{tasks}:{task}_eval", samples=4)
+    sound = good(ZOO / task / "model.onnx", f"{tasks}:{task}_calib", samples=8)
+    layer = plant(sound, tmp_path / "bad.onnx", which, weights=True)
+    found = diff_models(sound, tmp_path / "bad.onnx", f"{tasks}:{task}_eval", samples=4)
     assert found.first is not None and found.worst is not None
     assert (names(found.first), names(found.worst)) == (layer, layer)
 
@@ -218,3 +236,25 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 def test_results_are_plain() -> None:
     assert Difference((), None, None, 1, (1, 1), None).as_json()["points"] == []
+
+
+def test_a_layer_of_zeros_is_0_db_and_not_within_any_limit(tmp_path: Path) -> None:
+    """Signal and error are alike there: 0 dB, which is a number and no missing one."""
+    a = save(tmp_path / "a.onnx", "g (float[1, 3] x) => (float[1, 3] y) <float[1] c = {2}> { r = Relu (x)  y = Mul (r, c) }")
+    b = save(tmp_path / "b.onnx", "g (float[1, 3] x) => (float[1, 3] y) <float[1] c = {0}> { r = Relu (x)  y = Mul (r, c) }")
+    np.savez(tmp_path / "d.npz", x=np.ones((2, 3), np.float32))
+    found = diff_models(a, b, str(tmp_path / "d.npz"), within_db=20.0)
+    assert found.first is not None and found.first.op == "Mul"
+    assert found.first.sqnr_db == 0.0
+
+
+def test_values_that_are_not_finite_can_be_reported(tmp_path: Path) -> None:
+    text = "g (float[1, 3] x) => (float[1, 3] y) <float[1] c = {{{}}}> {{ m = Mul (x, c)  r = Sqrt (m)  y = Neg (r) }}"
+    a, b = (save(tmp_path / f"{name}.onnx", text.format(c)) for name, c in (("a", 2), ("b", -2)))
+    np.savez(tmp_path / "d.npz", x=np.ones((2, 3), np.float32))
+    report = tmp_path / "r.json"
+    assert run(cli, ["diff", str(a), str(b), "--eval", str(tmp_path / "d.npz"), "--report", str(report), "--quiet"]) == 0
+    points = {p["op"]: p for p in json.loads(report.read_text())["points"]}
+    assert (points["Mul"]["finite"], points["Sqrt"]["finite"], points["Sqrt"]["sqnr_db"]) == (True, False, None)
+    same = diff_models(b, b, str(tmp_path / "d.npz"))
+    assert same.first is None and all(p.finite and p.own_db is None for p in same.points)

@@ -38,6 +38,15 @@ def test_a_transposed_weight_keeps_its_integers() -> None:
     close_to_source(model, graph, 1e-5)
 
 
+@pytest.mark.parametrize("axis", [-1, 2])
+def test_a_flattened_weight_keeps_its_integers(axis: int) -> None:
+    values = ", ".join(str(v) for v in range(1, 17))
+    body = QX + f"w = DequantizeLinear(k, m, n) u = Flatten <axis = {axis}> (w) y = MatMul(b, u)"
+    graph, context = imported(text(body, f"int8[2, 2, 4] k = {{{values}}}"), target="vnni")
+    assert state(context).channels_kept == 4
+    np.testing.assert_array_equal(written_weights(graph)["matmul_4"], np.arange(1, 17).reshape(4, 4).T)
+
+
 def test_a_pair_that_was_a_relu_stays_one_where_the_tensor_is_read_without_it() -> None:
     body = QX + QW + "p = MatMul(b, w) q = QuantizeLinear(p, t, o) r = DequantizeLinear(q, t, o) k = Sigmoid(p) y = Mul(r, k)"
     model = text(body)

@@ -189,8 +189,13 @@ def test_outside_the_domain_is_refused(change: dict[str, Any], message: str) -> 
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"c": (17,)}, "c 17 is outside"), ({"dtype": "int16"}, "output type 'int16'"), ({"axis": -3}, "axis -3")],
-    ids=["shift", "type", "axis"],
+    [
+        ({"c": (17,)}, "c 17 is outside"),
+        ({"dtype": "int16"}, "output type 'int16'"),
+        ({"axis": -3}, "axis -3"),
+        ({"b": (1, 2), "columns": 3}, "3 columns: there are multipliers for 2"),
+    ],
+    ids=["shift", "type", "axis", "columns"],
 )
 def test_outside_the_fused_domain_is_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):

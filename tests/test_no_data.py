@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -178,7 +179,7 @@ def test_agreement_on_real_data(task: str, least: float, tmp_path: Path) -> None
     compiled(model, tmp_path)
     before, after = Session(model), Session(tmp_path / "out.onnx")
     name, same, count = before.output_names[0], 0, 0
-    for feed, _ in zoo_rows(task)():
+    for feed, _ in islice(zoo_rows(task)(), 200):
         same += int(before.run(feed)[name].argmax() == after.run(feed)[name].argmax())
         count += 1
     assert same / count >= least

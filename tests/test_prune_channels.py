@@ -273,6 +273,33 @@ def test_the_refit_and_second_order_help() -> None:
     assert fitted < best + 1
 
 
+def test_both_parts_of_a_split_keep_channels() -> None:
+    """All that is cheap to lose stands in one part: a layer that reads no channel would be left."""
+    text = f"""g (float[1, 3, 8, 8] x) => (float[1, 4, 8, 8] y) {{
+        a = {CONV} (x, w0)  p, q = Split <axis = 1, num_outputs = 2> (a)  r = Relu(p)  d = {CONV} (r, w1)  e = {CONV} (q, w2)
+        y = Add(d, e) }}"""
+    first = floats(16, 3, 3, 3)
+    first[:8] *= np.float32(0.01)
+    source = model(text, w0=first, w1=floats(4, 8, 3, 3, seed=1), w2=floats(4, 8, 3, 3, seed=2))
+    graph = Graph.from_proto(source)
+    PruneChannels().run(graph, core_context(FEEDS, pruning=ChannelPruning(0.45, criterion="l1", budget="params", multiple=2)))
+    onnx.checker.check_model(graph.to_proto(), full_check=True)
+    assert [n.inputs[1].dims[1] for n in graph.nodes if n.op == "Conv"] == [3, 2, 6]
+
+
+def test_one_channel_that_is_squeezed_away_names_no_other_axis() -> None:
+    text = """g (float[1, 3, 5, 4] x) => (float[1, 2, 4] y) {
+        a = Conv(x, w)  b = Squeeze(a, one)  d = Conv(x, v)  e = ReduceMean <keepdims = 0> (d, two)
+        c = Concat <axis = 1> (b, e)  y = Conv(c, u) }"""
+    weights = {"w": floats(1, 3, 1, 1), "v": floats(4, 3, 1, 1), "u": floats(2, 9, 1), "one": np.array([1]), "two": np.array([2])}
+    graph = Graph.from_proto(model(text, **weights))
+    graph.infer_shapes()
+    graph.sort()
+    found = trace(graph, lambda node: False)
+    reader = next(s for s in found.of_role("in") if s.node.outputs[0].name == "y")
+    assert len(reader.ids) == 9
+
+
 def test_kept_layers_lose_nothing() -> None:
     _, records = pruned(keep=("gemm*",), ratio=0.1, criterion="l1")
     assert [r.node for r in records] == [

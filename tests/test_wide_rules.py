@@ -146,6 +146,7 @@ REFUSED: dict[str, tuple[str, str, dict[str, Any]]] = {
     "product of floats": ("y = Mul(a, b)", "it reads a float tensor", {}),
     "cube": ("y = Pow(a, c)", "Pow with another exponent than 2", {"c": np.float32(3)}),
     "division by zero": ("y = Div(w, c)", "it divides by 0", {"c": np.float32(0)}),
+    "division by a table": ("y = Div(w, c)", "divides by a tensor", {"c": np.float32([40000, 0.3, -2, 1, 1])}),
     "infinite constant": ("y = Add(w, c)", "it reads a constant that is not finite", {"c": np.float32(np.inf)}),
     "double constant": ("y = Mul(w, c)", "not float32", {"c": np.ones(5, np.float64)}),
     "cast to double": ("y = Cast<to = 11>(b)", "it converts between floats", {}),

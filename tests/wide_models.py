@@ -51,6 +51,7 @@ class Spec:
     pool: str = "first"
     length: int | None = 8
     scaled: str = "after"  # 1/sqrt(d): after the product, or on the queries
+    blocks: int = 2
 
     @property
     def masked(self) -> bool:
@@ -70,8 +71,10 @@ def transformer(spec: Spec, seed: int = 0) -> ModelProto:
         else "embedded = MatMul(x, we) joined = Add(embedded, be)"
     )
     first = _norm(spec, "joined", "h0", "n0") if spec.order == "post" else "h0 = Identity(joined)"
-    body = [MASKS[spec.mask], start, first, _block(spec, "h0", "h1", "A"), _block(spec, "h1", "h2", "C")]
-    last = _norm(spec, "h2", "h", "nz") if spec.order == "pre" else "h = Identity(h2)"
+    blocks = [_block(spec, f"h{i}", f"h{i + 1}", "AC"[i]) for i in range(spec.blocks)]
+    end = f"h{spec.blocks}"
+    body = [MASKS[spec.mask], start, first, *blocks]
+    last = _norm(spec, end, "h", "nz") if spec.order == "pre" else f"h = Identity({end})"
     body += [last, _pool(spec), "y = Gemm<transB = 1>(pooled, wy, by)"]
     return parse(f"g ({', '.join(inputs)}) => (float[N, {CLASSES}] y) {{ {' '.join(body)} }}", 21, **_weights(seed))
 
