@@ -15,7 +15,7 @@ TYPED := build/typecheck/qcompile
 export PYTHONSAFEPATH := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint types bench models clean
+.PHONY: help venv demo test lint types bench edge-setup edge models clean
 
 help:
 	@echo "make demo    install, then compile and measure a shipped model (into $(OUT))"
@@ -23,6 +23,7 @@ help:
 	@echo "make lint    ruff, rules and format"
 	@echo "make types   mypy --strict"
 	@echo "make bench   compare with onnxruntime's own quantiser; writes benchmarks/RESULTS.md"
+	@echo "make edge    one file on every machine: writes docs/edge-matrix.md (fetches emulators and runtimes into build/edge)"
 	@echo "make models  train and export the shipped models again (installs torch)"
 	@echo "make clean   remove what the targets above have made"
 
@@ -58,6 +59,12 @@ types: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/compare.py --output benchmarks/RESULTS.md
+
+edge-setup: $(INSTALLED)
+	benchmarks/edge/setup.sh $(BIN)/python
+
+edge: edge-setup
+	$(BIN)/python benchmarks/edge/matrix.py
 
 models: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(EDITABLE) '.[train]'

@@ -67,7 +67,7 @@ class Layer:
         groups = self.original.attr("group", 1) if op == "Conv" else 1
         weight = matrix.reshape(groups, matrix.shape[0] // groups, matrix.shape[1])
         steps = self.scale.reshape(weight.shape[:2])
-        pair_rule = settings.target == "any" and not self.site.depthwise
+        pair_rule = settings.pair_rule and not self.site.depthwise
         folds = self._folds()
         whole = None if folds is None else reduce(add, folds)
         target, covariance, strength = self._target(weight, folds, whole)

@@ -42,7 +42,7 @@ class PairChannels:
         """Rewrites: one a stream. The extremes of `context.observers` follow. Runs once."""
         report = Report()
         settings = context.settings
-        if settings.target != "any" or context.paired or any(n.op == "QuantizeLinear" for n in graph.nodes):
+        if not settings.pair_rule or context.paired or any(n.op == "QuantizeLinear" for n in graph.nodes):
             return report
         context.paired = True
         if settings.blocked:

@@ -110,7 +110,7 @@ class _Inserter:
                 matrix.T,
                 np.float32(1.0),
                 None,
-                pair_rule=settings.target == "any",
+                pair_rule=settings.pair_rule,
                 candidates=8 if settings.effort == "fast" else 24,
                 top=settings.top_for(node.name),
             )

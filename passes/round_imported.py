@@ -105,7 +105,7 @@ def _round(graph: Graph, context: Context, imported: Imported, site: LinearSite,
     assert weight is not None and bias is not None
     tensor = weight.array()
     channels = _channels(np.asarray(weight_matrix(tensor, node.op, site.axis), np.float64), stored)
-    top, paired = settings.top_for(node.name), settings.target == "any" and not site.depthwise
+    top, paired = settings.top_for(node.name), settings.pair_rule and not site.depthwise
     span = context.activations.high - context.activations.low
     biases = bias.array()
     channels.refuse(np.abs(channels.integers).max(axis=1, initial=0.0) > top, _TOO_WIDE)

@@ -93,7 +93,7 @@ def _round(graph: Graph, context: Context, site: LinearSite, importance: Array |
             weight_matrix(values, node.op, site.axis),
             site.source.scale,
             site.grid_scale,
-            pair_rule=settings.target == "any" and not site.depthwise,
+            pair_rule=settings.pair_rule and not site.depthwise,
             candidates=8 if settings.effort == "fast" else 24,
             importance=importance,
             bias=bias.array(),

@@ -65,7 +65,7 @@ def bench_models(
     if batch is not None and batch < 1:
         raise InputError(f"--batch {batch}: give at least 1")
     paths = [Path(m) for m in models]
-    feeds = _feeds(paths, data_spec, preprocess, batch)
+    feeds = sample_feeds(paths, data_spec, preprocess, batch)
     peak_model, peak_feeds = _peak_model(PEAK_SIZE)
     slot = SLOT_SECONDS if seconds is None else seconds / rounds
     together: list[str | Path | onnx.ModelProto] = [*paths, peak_model]
@@ -142,7 +142,8 @@ def _arithmetic(path: Path, feeds: Feeds, ms: float, peak_gops: float) -> dict[s
     return {"macs": macs, "gops": gops, "peak_share": gops / peak_gops}
 
 
-def _feeds(paths: Sequence[Path], spec: str | None, preprocess: str | None, batch: int | None) -> list[Feeds]:
+def sample_feeds(paths: Sequence[Path], spec: str | None, preprocess: str | None, batch: int | None) -> list[Feeds]:
+    """The first sample of `spec`, or made up, as each model of `paths` takes it. Raises DataError."""
     first: Feeds | None = None
     each: list[Feeds] = []
     for path in paths:

@@ -14,6 +14,7 @@ import click
 
 import qcompile
 from qcompile.cli_bench import bench
+from qcompile.cli_bundle import bundle
 from qcompile.cli_check import check
 from qcompile.cli_common import (
     FILE,
@@ -86,9 +87,9 @@ def cli() -> None:
 @click.option("--inline", is_flag=True, help="With --format integer: write functions out.")
 @click.option(
     "--target",
-    type=click.Choice(["any", "vnni", "arm", "tensorrt"]),
+    type=click.Choice(["any", "wasm", "vnni", "arm", "tensorrt"]),
     default="any",
-    help="Machines to run on; any: the same bits everywhere.  [any]",
+    help="Machines to run on; any: the same bits everywhere; wasm: what is slower as int8 there stays float.  [any]",
 )
 @click.option("--data", metavar="SPEC", help="Calibration samples.")
 @SAMPLES
@@ -230,7 +231,7 @@ def passes() -> int:
     return 0
 
 
-for _command in (check, inspect, bench, diff, sensitivity):
+for _command in (check, inspect, bench, bundle, diff, sensitivity):
     cli.add_command(_command)
 
 

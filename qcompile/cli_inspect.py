@@ -21,6 +21,14 @@ from qcompile.report_file import report_json
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 @click.option("--require-exact", is_flag=True, help="With --dyadic: exit status 3 unless all are exact.")
 @click.option("--require-integer-only", is_flag=True, help="Exit status 3 where a float tensor lies between the ends.")
+@click.option("--portable", is_flag=True, help="List what differs on which machine or runtime.")
+@click.option("--require-portable", is_flag=True, help="With --portable: exit status 3 unless the list is empty.")
+@click.option(
+    "--among",
+    type=click.Choice(["all", "onnxruntime"]),
+    default="all",
+    help="With --require-portable: which runtimes count; onnxruntime on all its machines, or others too.  [all]",
+)
 @click.option(
     "--sparsity",
     is_flag=False,
@@ -45,6 +53,9 @@ def inspect(
     as_json: bool,
     require_exact: bool,
     require_integer_only: bool,
+    portable: bool,
+    require_portable: bool,
+    among: str,
     sparsity: str | None,
     require_sparsity: float | None,
     export_24: Path | None,
@@ -52,10 +63,15 @@ def inspect(
     """Show what MODEL holds."""
     if require_exact and not dyadic:
         raise click.UsageError("--require-exact goes with --dyadic")
-    if as_json and (dyadic or nodes or layers or sparsity is not None or export_24 is not None):
-        raise click.UsageError("--json prints everything; leave --dyadic, --nodes, --layers, --sparsity and --export-2:4 out")
+    if as_json and (dyadic or nodes or layers or portable or sparsity is not None or export_24 is not None):
+        rest = "--dyadic, --nodes, --layers, --portable, --sparsity and --export-2:4"
+        raise click.UsageError(f"--json prints everything; leave {rest} out")
     if require_sparsity is not None and sparsity is None:
         raise click.UsageError("--require-sparsity goes with --sparsity")
+    if require_portable and not portable:
+        raise click.UsageError("--require-portable goes with --portable")
+    if among != "all" and not require_portable:
+        raise click.UsageError("--among goes with --require-portable")
     sizes = _sizes(dims)
     if sparsity is not None:
         from qcompile.inspect_sparsity import inspect_sparsity
@@ -65,9 +81,9 @@ def inspect(
         from qcompile.inspect_sparsity import inspect_export
 
         inspect_export(model, export_24)
-    listed = bool(dyadic or nodes or sparsity or export_24)  # parts that were asked for by name
+    listed = bool(dyadic or nodes or sparsity or export_24 or portable)  # parts that were asked for by name
     from qcompile.certificate import certify
-    from qcompile.inspection import rescales, summary
+    from qcompile.inspection import summary
     from qcompile.model_file import list_nodes
 
     if nodes:
@@ -93,8 +109,19 @@ def inspect(
             f"{model}: not integer-only: {len(certificate.floats)} float tensors between the ends, first '{first.tensor}' "
             f"of node '{first.node}' ({first.op})"
         )
-    if not dyadic:
-        return 0
+    if dyadic:
+        _list_rescales(model, require_exact)
+    if portable:
+        from qcompile.inspect_portable import inspect_portable
+
+        inspect_portable(model, require_portable, among)
+    return 0
+
+
+def _list_rescales(model: Path, require_exact: bool) -> None:
+    """Print b and c of every rescale. Raises LimitError where `require_exact` and one is not exact, or there is none."""
+    from qcompile.inspection import rescales
+
     found = rescales(model)
     print_rescales(found, console())
     inexact = [r for r in found if not r.exact]
@@ -102,7 +129,6 @@ def inspect(
         raise LimitError(f"{model}: holds no rescale; is it a quantised model?")
     if require_exact and inexact:
         raise LimitError(f"{model}: {len(inexact)} of {len(found)} rescales are not exact, first '{inexact[0].node}'")
-    return 0
 
 
 def _sizes(dims: tuple[str, ...]) -> dict[str, int]:

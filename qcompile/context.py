@@ -74,7 +74,7 @@ class PrunedRecord:
 class Settings:
     """Options of one compilation; every field changes the output and stands in the report.
 
-    format: qdq | qoperator | integer; target: any | vnni | arm | tensorrt; ranges: mse | minmax | percentile;
+    format: qdq | qoperator | integer; target: any | wasm | vnni | arm | tensorrt; ranges: mse | minmax | percentile;
     effort: fast | default | best.
     exclude: node names or shell patterns that stay float. node_bits, node_ranges: (name or pattern, bits) and (name or pattern,
     low, high) that a user gives; the last that matches counts. raised: (node, bits) of layers that a limit on the result needs
@@ -110,6 +110,11 @@ class Settings:
     sparse_storage: str = "compressed"
     pruning: ChannelPruning | None = None
     kernels: str = "table"
+
+    @property
+    def pair_rule(self) -> bool:
+        """Whether neighbouring weights must not saturate an int16, so that every machine gives the same bits."""
+        return self.target in ("any", "wasm")
 
     @property
     def integer_kernels(self) -> bool:

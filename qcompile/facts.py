@@ -23,6 +23,7 @@ from qcompile.errors import InputError, ModelError
 from qcompile.inspection import rescales, summary
 from qcompile.macs import LayerMacs, count_macs, sized_feeds
 from qcompile.model_file import read_model
+from qcompile.portable import portability
 from qcompile.report_file import file_record
 from qcompile.runtime import Array
 from qcompile.samples import model_inputs
@@ -85,6 +86,7 @@ def facts(path: str | Path, sizes: Mapping[str, int] | None = None) -> dict[str,
         "rescales": _rescales(path),
         "sparsity": _sparsity(path, model),
         "integer_only": certify(path).as_json(),
+        "portable": portability(path).as_json(),
         **audited,
     }
 

@@ -335,7 +335,7 @@ def summary(model: onnx.ModelProto | str | Path) -> Summary:
             if node.op in ("ConvInteger", "MatMulInteger"):
                 formats.add("integer")
             integers[node.op] += 1
-        elif _between(scales, node):
+        elif between_quantised(scales, node):
             formats.add("qdq")
             integers[node.op] += 1
         else:
@@ -363,7 +363,7 @@ def _sorted(counts: Counter[str]) -> dict[str, int]:
     return dict(sorted(counts.items()))
 
 
-def _between(scales: Scales, node: Node) -> bool:
+def between_quantised(scales: Scales, node: Node) -> bool:
     """Whether a float-typed node stands between DequantizeLinear and QuantizeLinear in a form that runs in integers."""
     if node.op in _CLAMPS:
         before = scales.wiring.producer(node.inputs[0])

@@ -26,7 +26,7 @@ from qcompile.synthetic import DEVIATIONS, InputMoments, needs_vocabulary, synth
 
 SAMPLES = 32
 _MOMENT_SAMPLES = 8
-_DYNAMIC_TARGETS = ("any", "vnni", "arm")
+_DYNAMIC_TARGETS = ("any", "wasm", "vnni", "arm")
 
 
 @dataclass(frozen=True)

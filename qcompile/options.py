@@ -13,7 +13,7 @@ from qcompile.options_sparsity import check_float
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "format": ("qdq", "qoperator", "integer"),
-    "target": ("any", "vnni", "arm", "tensorrt"),
+    "target": ("any", "wasm", "vnni", "arm", "tensorrt"),
     "ranges": ("mse", "minmax", "percentile"),
     "effort": ("fast", "default", "best"),
     "inputs_as": ("float32", "uint8"),
@@ -47,6 +47,8 @@ def check_settings(settings: Settings, max_drop: float | None, has_evaluation: b
             f"--format {settings.format} --target {settings.target}: s8 operators are slow or missing in onnxruntime; "
             "use --format qdq"
         )
+    if settings.format == "integer" and settings.target == "wasm":
+        raise InputError("--format integer --target wasm: no node may stay float; use --format qdq or qoperator")
     if settings.format == "integer" and settings.exclude:
         raise InputError(
             f"--format integer --exclude {settings.exclude[0]}: no node may stay float; use --format qoperator or qdq"

@@ -18,6 +18,7 @@ from onnx import TensorProto
 from qcompile.context import FLOAT_BITS, Settings
 from qcompile.graph import Const, Graph, Node, Tensor, Value
 from qcompile.kernel_operands import kernel_operands
+from qcompile.wasm_costs import REASON, slow_as_integers
 
 _DATA_ONLY = {
     "Reshape",
@@ -83,10 +84,14 @@ class _Placer:
         self.settings = settings
         self.result = Placement()
         self._able: dict[Tensor, bool] = {}
+        self._slow: frozenset[Node] = frozenset()
 
     def run(self) -> Placement:
         result = self.result
         self.graph.sort()
+        if self.settings.target == "wasm":
+            able = [n for n in self.graph.nodes if n.domain in ("", "ai.onnx") and linear_refusal(n, self.settings) is None]
+            self._slow = slow_as_integers(able)
         result.linears = [n for n in self.graph.nodes if self._is_linear(n)]
         linears = set(result.linears)
         for node in self.graph.nodes:
@@ -110,6 +115,8 @@ class _Placer:
         if node.domain not in ("", "ai.onnx"):
             return False
         reason = linear_refusal(node, self.settings)
+        if reason is None and node in self._slow:
+            reason = REASON
         if reason is None:
             return True
         if reason:

@@ -149,6 +149,9 @@ def print_bench(bench: Mapping[str, Any], out: Console) -> None:
             times = [(o["op"], o["calls"], f"{o['ms']:.4f}", f"{100 * o['share']:.1f} %") for o in shown]
             print_rows(("operator", "calls", "ms", "share"), times, out, title=entry["path"])
     threads = f"{bench['threads']} thread{'s' if bench['threads'] != 1 else ''}"
+    if bench["peak_gops"] is None:
+        out.print(f"{threads}; {bench['runtime']}")
+        return
     out.print(f"{threads}; int8 peak {bench['peak_gops']:.0f} GOP/s, measured by a large MatMulInteger in the same rounds")
 
 

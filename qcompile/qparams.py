@@ -35,6 +35,7 @@ class ActivationType:
 
 ACTIVATIONS: dict[str, ActivationType] = {
     "any": ActivationType(0, 255, np.uint8, False),
+    "wasm": ActivationType(0, 255, np.uint8, False),
     "vnni": ActivationType(0, 255, np.uint8, False),
     "arm": ActivationType(-128, 127, np.int8, False),
     "tensorrt": ActivationType(-128, 127, np.int8, True),
