@@ -20,6 +20,7 @@ _USAGE = (
     "check FLOAT QUANTISED --eval SPEC",
     "inspect MODEL",
     "bench MODEL...",
+    "bundle MODEL -o DIR",
     "diff A B --eval SPEC",
     "sensitivity MODEL --data SPEC",
     "passes",
