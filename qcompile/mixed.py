@@ -30,6 +30,7 @@ _REST = "everything but the layers' weights"
 _ROUNDS = 4  # of correcting the bytes that are not weights
 _MARGIN = 512  # bytes by which the final file may exceed the one that was tried: other constants may happen to be equal
 _SPARE = 1.05  # times what other matrices add to the average: it grows a little as the layers get narrower
+_ROUNDING = 1 + 1e-9  # sums of shares, for whole widths
 _SLACK = 0.002  # of the float file's bytes: an estimate that was off by more is corrected though the limit holds
 
 
@@ -136,7 +137,7 @@ class Planner:
             assigned = tuple((node, bits if asked is None else asked) for node, asked in pinned)
             used = self.uses(assigned)
             used["size"] += _MARGIN / self.float_bytes
-            if all(used[name] <= limit for name, limit in limits.items()):
+            if all(used[name] <= limit * _ROUNDING for name, limit in limits.items()):
                 return assigned
         return None
 
@@ -265,7 +266,7 @@ def _within(
         off = planner.learn(assigned, tried.size_bytes)
         reached = {"size": tried.size_bytes / planner.float_bytes, "avg-bits": tried.average_bits}
         nearest |= {name: min(nearest[name], value) for name, value in reached.items() if name in limits}
-        held = all(value <= limits[name] for name, value in reached.items() if name in limits)
+        held = all(value <= limits[name] * _ROUNDING for name, value in reached.items() if name in limits)
         if held and (best is None or _decibels(tried) > _decibels(best[1])):
             best = (assigned, tried)
         if held and ("size" not in limits or off <= _SLACK * planner.float_bytes):

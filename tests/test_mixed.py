@@ -193,6 +193,12 @@ def test_the_best_of_all_candidates_on_held_out_samples_is_kept() -> None:
     assert noise["bits"] == {"l0": 6, "l1": 4}
 
 
+def test_one_width_for_all_may_be_exactly_the_limit() -> None:
+    many = sensitivities(tuple(float(i + 1) for i in range(7)))
+    planner = Planner(many, Mixing((("avg-bits", 5.0),)), Settings(), 10_000)
+    assert {bits for _, bits in planner.solve("uniform", {"avg-bits": 5.0}) or ()} == {5}
+
+
 def test_bytes_beside_the_weights_are_learned_from_the_first_file() -> None:
     sizes: list[int] = []
 
