@@ -8,6 +8,7 @@ from onnx import TensorProto
 from qcompile.graph import Const, Graph, Node
 from qcompile.import_read import EIGHT_BIT, NARROW, Integers, stored_integers
 from qcompile.imported import Imported, StoredWeight
+from qcompile.passes._linear import output_axis
 from qcompile.passes._match import is_op
 from qcompile.passes.round_weights import weight_matrix
 
@@ -44,7 +45,7 @@ def _refusal(node: Node, integers: Integers) -> str | None:
 
 
 def _stored(node: Node, integers: Integers) -> StoredWeight:
-    axis = 1 if node.op == "MatMul" or (node.op == "Gemm" and not node.attr("transB", 0)) else 0
+    axis = output_axis(node)
     values = weight_matrix(integers.values, node.op, axis)
     scales = weight_matrix(np.broadcast_to(integers.scale, integers.values.shape), node.op, axis)
     one = scales.shape[1] > 0 and bool((scales == scales[:, :1]).all())

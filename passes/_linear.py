@@ -45,6 +45,11 @@ class Linear:
         return None if dims is None else len(dims)
 
 
+def output_axis(node: Node) -> int:
+    """The axis of the weight of a Conv, Gemm or MatMul that runs over its output channels."""
+    return 1 if is_op(node, "MatMul") or (is_op(node, "Gemm") and not node.attr("transB", 0)) else 0
+
+
 def linear_at(graph: Graph, tensor: Tensor | None) -> Linear | None:
     """The linear operator that ends in `tensor`, with constant float weights; None where there is none."""
     node = tensor.producer if tensor is not None else None

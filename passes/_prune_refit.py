@@ -18,7 +18,7 @@ import numpy as np
 from qcompile import compensation
 from qcompile.graph import Array, Graph, Node, Tensor, Value
 from qcompile.moments import rows_of
-from qcompile.passes._linear import Linear, bias_of, with_bias, write
+from qcompile.passes._linear import Linear, bias_of, output_axis, with_bias, write
 from qcompile.passes._match import is_op
 from qcompile.passes._prune_scores import weight_rows
 from qcompile.passes.round_weights import weight_tensor
@@ -83,7 +83,7 @@ class Refit:
         wanted = weight_rows(original, old.array())[rows]
         folds = self._folds(original, node, wanted, exact, noisy, self._skips(linear, rows))
         fitted = _fit(wanted[:, columns], folds, centred=bias is not None)
-        axis = 1 if is_op(node, "MatMul") or (is_op(node, "Gemm") and not node.attr("transB", 0)) else 0
+        axis = output_axis(node)
         tensor = weight_tensor(fitted, weight.dims, node.op, axis)
         if linear is None or bias is None:
             node.inputs[1] = self.graph.constant(weight.name, tensor.astype(np.float32))

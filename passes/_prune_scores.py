@@ -15,6 +15,7 @@ import numpy as np
 
 from qcompile.graph import Array, Graph, Node, Value
 from qcompile.moments import input_covariance, input_variance
+from qcompile.passes._linear import output_axis
 from qcompile.passes._prune_trace import Slot, Trace
 from qcompile.passes.round_weights import weight_matrix, weight_tensor
 from qcompile.rounding import WIDEST, damped_factor
@@ -29,7 +30,7 @@ _MAPS = 16  # samples whose feature maps are looked at: ranks hardly differ from
 
 def weight_rows(node: Node, weight: Array) -> Array:
     """[channels, K] of a Conv, Gemm or MatMul in the kernel's order."""
-    axis = 1 if node.op == "MatMul" or (node.op == "Gemm" and not node.attr("transB", 0)) else 0
+    axis = output_axis(node)
     return weight_matrix(np.asarray(weight, np.float64), node.op, axis)
 
 
@@ -169,7 +170,7 @@ def _gains(graph: Graph, readers: Sequence[_Reader], samples: Sequence[dict[str,
         # Columns count by what they read, so that the noise is _NOISE of the output's energy where inputs are independent.
         noise /= reader.deviation
         noise *= np.sqrt(_NOISE * reader.energy / noise.size)
-        axis = 1 if reader.node.op == "MatMul" or (reader.node.op == "Gemm" and not reader.node.attr("transB", 0)) else 0
+        axis = output_axis(reader.node)
         copy = graph.copy()
         moved = weight_tensor(reader.matrix + noise, const.dims, reader.node.op, axis)
         copy.constants[const.name].assign(moved.astype(np.float32))

@@ -8,7 +8,7 @@ import numpy as np
 
 from qcompile.context import Context
 from qcompile.graph import Array, Const, Graph, Node, Tensor, Value
-from qcompile.passes._linear import Linear, with_bias
+from qcompile.passes._linear import Linear, output_axis, with_bias
 from qcompile.passes._match import is_op
 from qcompile.passes.round_weights import weight_matrix, weight_tensor
 from qcompile.rewrite import Report
@@ -66,7 +66,7 @@ def sparse_layers(graph: Graph, context: Context, rule: Rule, report: Report) ->
             continue
         weight = node.constant(1)
         assert weight is not None
-        axis = 1 if is_op(node, "MatMul") or (is_op(node, "Gemm") and not node.attr("transB", 0)) else 0
+        axis = output_axis(node)
         found.append(SparseLayer(node, weight, axis, node.attr("group", 1) if node.op == "Conv" else 1, with_bias(graph, node)))
     return found
 

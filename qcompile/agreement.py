@@ -14,10 +14,9 @@ from statistics import NormalDist
 import numpy as np
 
 from qcompile.errors import DataError, InputError
-from qcompile.statistics import CONFIDENCE, Outcome, advice, round_up
+from qcompile.statistics import CONFIDENCE, MOST_SAMPLES, Outcome, advice, round_up
 
 _BISECTIONS = 50
-_MOST_SAMPLES = 1_000_000  # beyond this "more samples" is no advice
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,7 @@ def _samples_needed(agreed: int, samples: int, least: float, confidence: float) 
     """
     distance = abs(agreed / samples - least)
     z = NormalDist().inv_cdf(0.5 + confidence / 2)
-    if distance * distance * _MOST_SAMPLES <= z * z * least * (1 - least):
+    if distance * distance * MOST_SAMPLES <= z * z * least * (1 - least):
         return None
     needed = max(samples + 1, math.ceil(z * z * least * (1 - least) / (distance * distance)))
     return round_up(needed)

@@ -60,6 +60,8 @@ def bench_models(
     """
     if not models:
         raise InputError("no model to measure")
+    if rounds < 1:
+        raise InputError(f"rounds {rounds}: give a whole number from 1 on")
     if seconds is not None and not seconds > 0:
         raise InputError(f"--seconds {seconds:g}: give a time above 0")
     if batch is not None and batch < 1:

@@ -98,8 +98,9 @@ class Evaluation(Comparison):
         for name in sorted(feeds):
             array = np.asarray(feeds[name])
             self._digest.update(f"{name} {array.dtype} {array.shape};".encode())
-            self._digest.update(
-                np.ascontiguousarray(array).view(np.uint8).data if array.dtype.kind in "iufb" else repr(array).encode()
-            )
+            plain = (
+                array.dtype.kind in "iufb"
+            )  # others (strings, bfloat16) value by value: repr leaves the middle of long arrays out
+            self._digest.update(np.ascontiguousarray(array).view(np.uint8).data if plain else repr(array.tolist()).encode())
         if label is not None:
             self._digest.update(np.asarray(label, np.float64).tobytes())

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from qcompile.html_data import Details
 
 _TEMPLATE = "report.html.j2"
-_MARKS = {"pass": "pass", "fail": "fail", "inconclusive": "inconclusive"}
 
 
 def require_extra() -> None:

@@ -75,7 +75,8 @@ class Recipe:
     nodes: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def compile_arguments(self) -> dict[str, Any]:
-        """Keyword arguments of `compile_model`, which checks their values. Raises InputError for a key that it does not know."""
+        """Keyword arguments of `compile_model`, which checks their values. Keys are taken as they are: a recipe for the command
+        line alone (`report`, `quiet`) gives arguments that `compile_model` does not have."""
         found = {_python_name(key): value for key, value in self.compile.items() if key not in _NEGATED}
         found |= {_NEGATED[key]: not value for key, value in self.compile.items() if key in _NEGATED}
         return {**found, "nodes": self.nodes}

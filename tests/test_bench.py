@@ -99,6 +99,11 @@ def test_a_bench_of_three_models(tmp_path: Path) -> None:
     json.dumps(found)
 
 
+def test_no_rounds_are_refused() -> None:
+    with pytest.raises(InputError, match="rounds 0: give a whole number from 1 on"):
+        bench_models(CNN, rounds=0, seconds=1)
+
+
 def test_batches(tmp_path: Path) -> None:
     options: dict[str, Any] = {"rounds": 1, "seconds": 0.01, "cold": False, "profile": False}
     one, four = (bench_models(CNN, CNN, batch=batch, **options) for batch in (None, 4))

@@ -137,6 +137,17 @@ def test_an_evaluation_gathers_both_models() -> None:
     assert again.data_sha256 != evaluation.data_sha256
 
 
+def test_data_that_differ_in_the_middle_of_a_long_text_input_have_other_fingerprints() -> None:
+    found = []
+    for word in ("a", "b"):
+        words = np.full((1, 5000), "x", dtype=object)
+        words[0, 2500] = word
+        evaluation = Evaluation(TopK(1))
+        evaluation.update({"y": LOGITS[:1]}, {"y": LOGITS[:1]}, int(LABELS[0]), feeds={"words": words})
+        found.append(evaluation.data_sha256)
+    assert found[0] != found[1]
+
+
 def test_a_perfect_float_model_has_no_drop_in_per_cent() -> None:
     evaluation = Evaluation(MeanSquaredError())
     evaluation.update({"y": np.ones((1, 2), np.float32)}, {"y": np.zeros((1, 2), np.float32)}, np.ones((1, 2)), feeds={})
