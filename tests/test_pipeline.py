@@ -274,7 +274,7 @@ def test_weights_in_a_file_of_their_own_are_discarded_with_the_model(tmp_path: P
     [
         pytest.param({"model": "none.onnx"}, ModelError, "none.onnx", id="missing-model"),
         pytest.param({"data": "none.npz"}, DataError, "none.npz", id="missing-data"),
-        pytest.param({"bits": 5}, InputError, "--bits 5", id="option"),
+        pytest.param({"bits": 7}, InputError, "--bits 7", id="option"),
         pytest.param({"output": CNN}, InputError, "is the input itself", id="onto-itself"),
         pytest.param({"opset": 5, "data": CALIBRATION, "effort": "fast"}, InputError, "opset", id="opset-too-low"),
     ],
