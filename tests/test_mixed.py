@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import pytest
 from cli_helpers import CNN, MODELS, Command, is_one_error
+from runtime_marks import needs_conv_integer
 
 from qcompile import compile_model
 from qcompile.audit import audit
@@ -37,7 +38,7 @@ def mixed(path: Path, **options: Any) -> dict[str, Any]:
     return compile_model(CNN, path, bits="mixed", data=DATA, latency=False, **options).report
 
 
-@pytest.mark.parametrize("form", ["qdq", "qoperator", "integer"])
+@pytest.mark.parametrize("form", ["qdq", "qoperator", pytest.param("integer", marks=needs_conv_integer)])
 def test_each_format_is_exact_and_keeps_the_limit(form: str, tmp_path: Path) -> None:
     path = tmp_path / "m.onnx"
     report = mixed(path, format=form)

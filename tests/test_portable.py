@@ -13,6 +13,7 @@ import pytest
 from exactness_helpers import MODELS
 from onnx import ModelProto, helper, numpy_helper
 from passes_helpers import parse
+from runtime_marks import needs_conv_integer
 
 from qcompile import compile_model
 from qcompile.errors import ModelError
@@ -54,7 +55,7 @@ def test_the_command_refuses_it(rule: str, tmp_path: Path, command: Command) -> 
     assert status == 3 and error.count("\n") == 1 and "not portable" in error
 
 
-@pytest.mark.parametrize("format", ["qdq", "qoperator", "integer"])
+@pytest.mark.parametrize("format", ["qdq", "qoperator", pytest.param("integer", marks=needs_conv_integer)])
 @pytest.mark.parametrize("model", ["digits_cnn", "digits_vit"])
 def test_what_the_compiler_writes(model: str, format: str, tmp_path: Path) -> None:
     source = MODELS / f"{model}.onnx"
