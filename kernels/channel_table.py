@@ -17,14 +17,14 @@ import numpy as np
 from onnx import FunctionProto
 
 from qcompile.kernels._functions import Function
-from qcompile.kernels._protocol import Array, Float64, Kernel, function, within
-from qcompile.kernels.table import Table, lookup_text
+from qcompile.kernels._protocol import Array, Float64, function, within
+from qcompile.kernels.table import Table, Tabulated, lookup_text
 
 MOST_KINDS = 4096
 
 
 @dataclass(frozen=True)
-class ChannelTable(Kernel):
+class ChannelTable(Tabulated):
     """`c f(x a + m)` of an 8-bit tensor as one look-up, with (a, m, c) of each channel along `axis` (negative).
 
     kinds: the distinct (a, m, c); kind: the index of each channel's. Raises ValueError where a table of one kind is refused.
@@ -72,16 +72,6 @@ class ChannelTable(Kernel):
     def name(self) -> str:
         """ChannelTable."""
         return "ChannelTable"
-
-    @property
-    def output_scale(self) -> float:
-        """As given."""
-        return self.scale
-
-    @property
-    def output_zero_point(self) -> int:
-        """As given."""
-        return self.zero_point
 
     @property
     def tolerance(self) -> float:

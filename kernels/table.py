@@ -35,8 +35,25 @@ def lookup_text(table: str, index: str, output: str) -> str:
     """
 
 
+class Tabulated(Kernel):
+    """A look-up whose output has the scale and zero point that it is given."""
+
+    scale: float
+    zero_point: int
+
+    @property
+    def output_scale(self) -> float:
+        """As given."""
+        return self.scale
+
+    @property
+    def output_zero_point(self) -> int:
+        """As given."""
+        return self.zero_point
+
+
 @dataclass(frozen=True)
-class Table(Kernel):
+class Table(Tabulated):
     """`f` of an 8-bit tensor as one look-up. Raises ValueError for scales outside 2^-100..2^100, and where f is NaN anywhere."""
 
     f: Function
@@ -73,16 +90,6 @@ class Table(Kernel):
     def name(self) -> str:
         """Table."""
         return "Table"
-
-    @property
-    def output_scale(self) -> float:
-        """As given."""
-        return self.scale
-
-    @property
-    def output_zero_point(self) -> int:
-        """As given."""
-        return self.zero_point
 
     @property
     def tolerance(self) -> float:

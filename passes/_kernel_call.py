@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from onnx import NodeProto
+from onnx import FunctionProto, NodeProto, helper, parser
 
 from qcompile.graph import Array, Const, Graph, Node, Tensor, Value
 from qcompile.kernels._protocol import DOMAIN, Kernel
@@ -51,7 +51,7 @@ def _constant(graph: Graph, kernel: Kernel, name: str, role: str, values: Array)
 
 def declare_kernel(graph: Graph, kernel: Kernel) -> None:
     """Let the model hold the kernel's function; once however often it is called."""
-    if any(f.name == kernel.name and f.domain == DOMAIN for f in graph.shell.functions):
+    if _declared(graph, kernel.name):
         return
     proto = kernel.lower()
     for entry in proto.opset_import:
@@ -60,5 +60,24 @@ def declare_kernel(graph: Graph, kernel: Kernel) -> None:
         else:
             graph.require_opset(entry.domain, entry.version)
     proto.doc_string = proto.doc_string or kernel.source
+    _append(graph, proto)
+
+
+def declare_storage(graph: Graph, name: str, text: str, meaning: str) -> None:
+    """Let the model hold a function of constants, given as text: how weights are stored. Once however often it is called."""
+    if _declared(graph, name):
+        return
+    proto = parser.parse_function(text)
+    del proto.opset_import[:]
+    proto.opset_import.append(helper.make_opsetid("", graph.opset() or 21))
+    proto.doc_string = meaning
+    _append(graph, proto)
+
+
+def _declared(graph: Graph, name: str) -> bool:
+    return any(f.name == name and f.domain == DOMAIN for f in graph.shell.functions)
+
+
+def _append(graph: Graph, proto: FunctionProto) -> None:
     graph.shell.functions.append(proto)
     graph.shell.ir_version = max(graph.shell.ir_version, _LOCAL_FUNCTIONS)

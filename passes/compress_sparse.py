@@ -14,17 +14,18 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
-import onnx
-from onnx import TensorProto, helper
+from onnx import TensorProto
 
 from qcompile.block_packing import int4_tensor
 from qcompile.context import Context
 from qcompile.graph import Array, Const, Graph, Node, Value
 from qcompile.kernels._protocol import DOMAIN
+from qcompile.passes._kernel_call import declare_storage
 from qcompile.rewrite import Exact, Promise, Report
 from qcompile.sparse_storage import compress
 from qcompile.sparsity import Pattern, parse_sparsity
 
+_MEANING = "The dense weight of two values in every four along the last axis of `shape`, their places 2 bits each."
 FUNCTION = "Sparse24"
 _BODY = """
 <domain: "qcompile", opset_import: ["" : 21]>
@@ -131,7 +132,7 @@ def _compress(graph: Graph, const: Const, order: tuple[int, ...], *, narrow: boo
     stored = compress(matrix)
     if stored is None:
         return False
-    _declare(graph)
+    declare_storage(graph, FUNCTION, _BODY, _MEANING)
     values: Array | TensorProto = stored.values
     if narrow and np.abs(stored.values.astype(np.int64)).max(initial=0) <= 7:
         values = int4_tensor(stored.values, signed=True)
@@ -141,14 +142,3 @@ def _compress(graph: Graph, const: Const, order: tuple[int, ...], *, narrow: boo
     back = [order.index(axis) for axis in range(len(order))]
     graph.node(FUNCTION, inputs, [dense], domain=DOMAIN, to=const.elem_type, shape=list(matrix.shape), perm=back)
     return True
-
-
-def _declare(graph: Graph) -> None:
-    if any(f.name == FUNCTION and f.domain == DOMAIN for f in graph.shell.functions):
-        return
-    proto = onnx.parser.parse_function(_BODY)
-    del proto.opset_import[:]
-    proto.opset_import.append(helper.make_opsetid("", graph.opset() or 21))
-    proto.doc_string = "The dense weight of two values in every four along the last axis of `shape`, their places 2 bits each."
-    graph.shell.functions.append(proto)
-    graph.shell.ir_version = max(graph.shell.ir_version, 8)  # the first with local functions

@@ -13,16 +13,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
-import onnx
-from onnx import helper
 
 from qcompile.bit_planes import bit_planes, place_values
 from qcompile.context import Context
 from qcompile.graph import Const, Graph, Value
 from qcompile.kernels._protocol import DOMAIN
+from qcompile.passes._kernel_call import declare_storage
 from qcompile.passes._narrow import narrow_weights
 from qcompile.rewrite import Exact, Promise, Report
 
+_MEANING = "int8 weights of `shape` from their bits: byte k of plane p holds bit p of the weights 8 k to 8 k + 7."
 FUNCTION = "UnpackBits"
 _BODY = """
 <domain: "qcompile", opset_import: ["" : 21]>
@@ -82,21 +82,10 @@ class PackBits:
 
 
 def _pack(graph: Graph, const: Const, bits: int) -> None:
-    _declare(graph)
+    declare_storage(graph, FUNCTION, _BODY, _MEANING)
     values = const.array()
     stored = graph.constant(const.name.removesuffix("_int8") + f"_int{bits}", bit_planes(values, bits))
     unpacked = Value(graph.fresh_name(const.name + "_unpacked"))
     graph.replace_uses(const, unpacked)
     places = place_values(bits).tolist()
     graph.node(FUNCTION, [stored], [unpacked], domain=DOMAIN, places=places, shape=list(values.shape), ends=[values.size])
-
-
-def _declare(graph: Graph) -> None:
-    if any(f.name == FUNCTION and f.domain == DOMAIN for f in graph.shell.functions):
-        return
-    proto = onnx.parser.parse_function(_BODY)
-    del proto.opset_import[:]
-    proto.opset_import.append(helper.make_opsetid("", graph.opset() or 21))
-    proto.doc_string = "int8 weights of `shape` from their bits: byte k of plane p holds bit p of the weights 8 k to 8 k + 7."
-    graph.shell.functions.append(proto)
-    graph.shell.ir_version = max(graph.shell.ir_version, 8)  # the first with local functions
