@@ -200,7 +200,9 @@ class Wides:
         finest = float(y.scale) * 2.0 ** (_LEAST_BITS - _SHIFT) / float(factors.max())
         if wide.scale < finest:
             wide = self.halved(wide, max(1, int(wide.bound * wide.scale / finest)), name)
-        found = np.maximum(np.rint(wide.scale * factors / float(y.scale) * 2**_SHIFT), 1)
+        wanted = wide.scale * factors / float(y.scale) * 2**_SHIFT
+        # An odd b of 9 bits or more has no ties, which the written-out rescale need not round then.
+        found = np.where(wanted < 2 ** (_LEAST_BITS + 1), np.maximum(np.rint(wanted), 1), 2 * np.floor(wanted / 2) + 1)
         if found.max() >= 2**24:
             raise Refusal("its steps are too coarse for 8 bits")
         return wide, found.astype(np.int64)

@@ -15,7 +15,7 @@ from qcompile.passes._kernel_call import kernel_call
 from qcompile.passes._wide import INT32_MAX, Refusal, Wide, Wides
 from qcompile.passes._wide_sums import MOVES
 
-_FINER = 32  # steps of the stream in one step of the 8 bits that are read from it: 13 bits
+_FINER = 16  # steps of the stream in one step of the 8 bits that are read from it: 12 bits
 _MOST_GAIN = 2.0**13
 
 

@@ -34,7 +34,8 @@ from qcompile.printing_mixed import mixed_lines
 if TYPE_CHECKING:  # they load onnxruntime, which `--help` need not wait for
     from qcompile.certificate import Certificate
     from qcompile.dyadic import Int64
-    from qcompile.inspection import Rescale, Summary
+    from qcompile.inspection import Summary
+    from qcompile.inspection_written import Rescale
     from qcompile.rewrite import Pass, Promise
 
 _LOG_WIDTH = 10_000  # where there is no terminal: nothing is broken into lines, so that it can be searched

@@ -15,7 +15,8 @@ from onnx import TensorProto, external_data_helper, helper, numpy_helper
 from runtime_marks import needs_conv_integer
 
 from qcompile.errors import ModelError
-from qcompile.inspection import Rescale, rescales, summary
+from qcompile.inspection import rescales, summary
+from qcompile.inspection_written import Rescale
 from qcompile.pipeline import compile_model
 
 SX, ZX, SY, ZY = 0.0374, 121, 0.0525, 118
@@ -342,3 +343,17 @@ def test_a_written_rescale_outside_its_bounds_is_named(both_formats: dict[str, P
     readers = [n for n in model.graph.node if n.op_type.startswith("DyadicRescale") and n.input[place] == tensor.name]
     assert [r.node for r in found] == [n.name or n.output[0] for n in readers]
     assert "outside what int32 can rescale" in found[0].reason
+
+
+@needs_conv_integer
+def test_a_form_without_ties_is_not_believed(both_formats: dict[str, Path]) -> None:
+    """A body that rounds no ties, called with a multiplier of one half."""
+    model = onnx.load(both_formats["integer"])
+    call = next(n for n in model.graph.node if n.op_type.startswith("DyadicRescale"))
+    places = {name: next(t for t in model.graph.initializer if t.name == name) for name in call.input[1:3]}
+    for (name, tensor), value in zip(places.items(), (1, 1), strict=True):
+        array = numpy_helper.to_array(tensor)
+        tensor.CopyFrom(numpy_helper.from_array(np.full_like(array, value), name))
+    call.op_type = "DyadicRescaleUntied"
+    found = next(r for r in rescales(model) if r.op == "DyadicRescaleUntied")
+    assert not found.exact and "rounds no ties" in found.reason

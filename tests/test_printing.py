@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qcompile.inspection import Rescale, Summary
+from qcompile.inspection import Summary
+from qcompile.inspection_written import Rescale
 from qcompile.passes import PASSES
 from qcompile.printing import (
     TerminalProgress,
