@@ -21,7 +21,7 @@ Starts from the exact extremes of the whole calibration; `ranges` other than `ms
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -99,6 +99,25 @@ class SearchRanges:
         return report
 
 
+def ranges_at(
+    original: Graph, context: Context, places: Sequence[ScaleClass], bits: int
+) -> dict[ScaleClass, tuple[float, float]]:
+    """The range that each of `places` would get with `bits`; its own where none is searched. The plan stays as it is."""
+    plan, settings = context.plan, context.settings
+    assert plan is not None
+    if settings.ranges != "mse" or settings.effort == "fast":
+        return {p: (p.low, p.high) for p in places}
+    before = {p: p.bits for p in places}
+    for place in places:
+        place.bits = bits
+    try:
+        errors = _measure(plan, original, context, SearchRanges.samples, set(places))
+        return {p: _best(p, errors[p]) if p in errors else (p.low, p.high) for p in places}
+    finally:
+        for place, width in before.items():
+            place.bits = width
+
+
 def _decided_by(plan: Plan, original: Graph) -> object:
     """What the ranges of one model on one set of samples follow from: a compilation that differs elsewhere may take them over."""
     classes = tuple((place.low, place.high, place.bits, *place.tensors) for place in plan.classes)
@@ -106,11 +125,14 @@ def _decided_by(plan: Plan, original: Graph) -> object:
     return classes, tuple(n.name for n in nodes), tuple((n.name, n.op) for n in original.nodes)
 
 
-def _measure(plan: Plan, original: Graph, context: Context, samples: int) -> dict[ScaleClass, _Errors]:
+def _measure(
+    plan: Plan, original: Graph, context: Context, samples: int, only: set[ScaleClass] | None = None
+) -> dict[ScaleClass, _Errors]:
+    """The errors of every class whose range is free; of `only` these where they are given."""
     fixed = {name for name, observer in context.observers.items() if observer.fixed}
     # Equalisation chose its ranges for 8 bits: with fewer they are where the search starts.
     free = [p for p in plan.classes if not p.given and (p.bits < 8 or fixed.isdisjoint(p.tensors))]
-    classes = {name: place for place in free for name in place.tensors}
+    classes = {name: place for place in free if only is None or place in only for name in place.tensors}
     integer = {n.name for n in [*(s.node for s in plan.linears), *(s.node for s in plan.adds), *(s.node for s in plan.pools)]}
     picked = context.samples[:: max(1, len(context.samples) // samples)][:samples]
     stream = Stream(original, picked)

@@ -27,6 +27,7 @@ from qcompile.integer_inputs import take_integers
 from qcompile.integer_outputs import give_integers
 from qcompile.limits import Limits
 from qcompile.load import Loaded, load_model
+from qcompile.mixed import settings_of
 from qcompile.mixing import Rehearsal, choose_widths, finish
 from qcompile.names import names_of, shorten_names
 from qcompile.options import check_import, check_node_names, check_settings, output_path, weight_only_of
@@ -62,6 +63,7 @@ def compile_model(
     bits: int | str = 8,
     limit: str | Sequence[str] | Mapping[str, float] = (),
     widths: str | Sequence[int | str] | None = None,
+    activation_widths: str | Sequence[int | str] | None = None,
     mixed_by: str = "best",
     pareto: int = 0,
     loss: str = "kl",
@@ -117,7 +119,8 @@ def compile_model(
     kernels: in the formats qoperator and integer, GELU and the exponentials of Softmax by table, or ibert: by its polynomials.
     activations: int8, or 6, 5, 4, 3, 2 bits; float for weight-only INT4, whose options are block, symmetric, spelling and
     accuracy_level.
-    bits: 8, 6, 5, 4, 3, 2; 32 to quantise nothing; "mixed": each layer's own, of `widths`, under every `limit` ("avg-bits=5", or
+    bits: 8, 6, 5, 4, 3, 2; 32 to quantise nothing; "mixed": each layer's own, of `widths` (its activations' of
+    `activation_widths`), under every `limit` ("avg-bits=5", or
     a mapping): the best by the measures that `mixed_by` names (best | noise | kl | hessian), see `qcompile.mixed`; pareto: points
     of the front to compile as well; loss, max_seconds: of the Hessian's traces; workers, scheduler: where they are estimated.
     sparsity: "2:4" (N:M along the input channels) or a share of zeros such as 0.5, chosen
@@ -146,7 +149,7 @@ def compile_model(
     single = node_settings(nodes or {})
     effort_of_traces = Effort(loss=loss, tolerance=0.2, probes=64, max_seconds=max_seconds, workers=workers, scheduler=scheduler)
     narrow = activation_bits_of(activations)
-    mixing = mixing_of(bits, limit, widths, mixed_by, pareto, effort_of_traces)
+    mixing = mixing_of(bits, limit, widths, mixed_by, pareto, effort_of_traces, activations, activation_widths)
     settings = Settings(
         bits=8 if mixing is not None else whole_bits(bits),
         format=format,
@@ -157,7 +160,7 @@ def compile_model(
         node_bits=single.bits,
         node_ranges=single.ranges,
         node_activations=single.activations,
-        activation_bits=narrow,
+        activation_bits=narrow if mixing is None else max(mixing.activations),
         bias_correction=bias_correction,
         inputs_as=inputs_as,
         opset=opset,
@@ -196,7 +199,7 @@ def compile_model(
         built = compiler.build(loaded, settings, dump)
     else:
         mixed = choose_widths(source, path, loaded, settings, mixing, given, compiler.rehearsal(), progress)
-        built = compiler.build(load_model(source), replace(settings, assigned=mixed.assigned), dump)
+        built = compiler.build(load_model(source), settings_of(settings, mixed.assigned), dump)
     try:
         if mixed is not None and mixing is not None:
             finish(mixed, mixing, source, path)

@@ -56,7 +56,9 @@ def worst_lines(report: Mapping[str, Any]) -> Iterable[str]:
     noisy = [layer for layer in report.get("layers") or () if layer["own_db"] is not None]
     for layer in sorted(noisy, key=lambda found: float(found["own_db"]))[:_WORST]:
         at_end = f"{decibels(layer['sqnr_out_db'])} dB with all before it"
-        yield f"costs most: {layer['op']} {layer['node']} ({layer['bits']} bits): {layer['own_db']:.2f} dB alone, {at_end}"
+        read = layer.get("activation_bits", 8)  # reports of earlier versions do not tell
+        bits = f"{layer['bits']} bits" + (f", reads {read}" if read != 8 else "")
+        yield f"costs most: {layer['op']} {layer['node']} ({bits}): {layer['own_db']:.2f} dB alone, {at_end}"
 
 
 def raised_lines(report: Mapping[str, Any]) -> Iterable[str]:

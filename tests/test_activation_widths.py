@@ -24,6 +24,7 @@ from qcompile.layer_counts import count_layers
 from qcompile.passes._activation_widths import BRANCH, INPUT, RESULT, UNREAD
 from qcompile.passes.search_ranges import NARROW_FACTORS, SearchRanges
 from qcompile.plan import ScaleClass
+from qcompile.printing_lines import worst_lines
 from qcompile.qparams import ACTIVATIONS
 from qcompile.recipe import recipe_of
 from qcompile.runtime import Optimisation, Session
@@ -320,3 +321,23 @@ def test_a_transformer_is_exact(form: str, tmp_path: Path) -> None:
 def test_recipes_hold_activations() -> None:
     found = recipe_of({"nodes": {"/a/*": {"activations": 4, "bits": 8}}}, "r").compile_arguments()
     assert found["nodes"] == {"/a/*": {"activations": 4, "bits": 8}}
+
+
+def test_the_summary_tells_the_width_of_what_costs_most(tmp_path: Path) -> None:
+    narrow = "\n".join(worst_lines(run(tmp_path / "m.onnx", activations=4, diagnose=True)))
+    assert "(8 bits, reads 4): " in narrow
+    plain = "\n".join(worst_lines(run(tmp_path / "m.onnx", diagnose=True)))
+    assert "(8 bits): " in plain
+    assert "reads" not in plain
+
+
+@pytest.mark.parametrize("bits", [4, 2])
+def test_sums_that_must_share_one_scale_stay_exact(bits: int) -> None:
+    """The branch `c` is far wider than the sum: no ratio of theirs is small enough, so 8 and fewer bits share a scale."""
+    ranges = {"x": (-2.0, 2.0), "c": (-400.0, 400.0), "f": (-1.0, 1.0)}
+    ranges |= {"b": (0.0, 1.0), "e": (0.0, 0.2), "i": (0.0, 2.5), "p": (0.0, 1.0)}
+    qdq, qoperator, context = with_ranges(residual(), ranges, activation_bits=bits)
+    assert context.plan is not None
+    scales = {name: float(place.scale) for place in context.plan.classes for name in place.tensors}
+    assert scales["c"] == scales["e"] == scales["b"]
+    assert_exact(qdq, qoperator, [{"x": floats(1, 4, 8, 8, seed=s) * 20} for s in range(4)])
