@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -22,7 +22,23 @@ def print_sensitivity(found: Mapping[str, Any], out: Console) -> None:
     for layer in found["layers"]:
         table.add_row(layer["node"], str(layer["weights"]), *_trace(layer["trace"]), *(f"{c['kl']:.2e}" for c in layer["widths"]))
     out.print(table)
+    if found.get("groups"):
+        out.print(_groups_table(found["groups"]))
     out.print(_correlation(found))
+
+
+def _groups_table(groups: Sequence[Mapping[str, Any]]) -> Table:
+    """One row a group of activations of one width: who reads it, and the KL of each width where it alone has that."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    table.add_column("activations of one width")
+    table.add_column("tensors", justify="right")
+    table.add_column("read by", justify="right")
+    for cost in groups[0]["widths"]:
+        table.add_column(f"KL at {cost['bits']}", justify="right")
+    for group in groups:
+        first, counts = group["tensors"][0], (len(group["tensors"]), len(group["read_by"]))
+        table.add_row(first, *map(str, counts), *(f"{c['kl']:.2e}" for c in group["widths"]))
+    return table
 
 
 def mixed_lines(report: Mapping[str, Any]) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -220,3 +221,22 @@ def test_the_command_line(command: Command, tmp_path: Path) -> None:
     assert status == 2
     assert is_one_error(err)
     assert "--activation-widths is for mixed precision" in err
+
+
+def test_the_table_of_sensitivities_has_the_groups(command: Command, tmp_path: Path) -> None:
+    out = tmp_path / "s.json"
+    args = [CNN, "--data", DATA, "--no-trace", "--samples", "8", "--widths", "8", "--report", str(out)]
+    status, text, err = command("sensitivity", *args)
+    assert (status, err) == (0, "")
+    groups = json.loads(out.read_text())["sensitivity"]["groups"]
+    assert len(groups) == 4
+    assert ["/stem/stem.2/Relu_output_0", "/residual/relu/Relu_output_0"] in [g["tensors"] for g in groups]
+    for group in groups:
+        kl = [w["kl"] for w in group["widths"]]
+        assert [w["bits"] for w in group["widths"]] == [4, 6, 8]
+        assert kl == sorted(kl, reverse=True)
+    assert "activations of one width" in text
+    status, text, _ = command("sensitivity", *args, "--no-activations")
+    assert status == 0
+    assert "activations of one width" not in text
+    assert "groups" not in json.loads(out.read_text())["sensitivity"]
