@@ -118,9 +118,5 @@ class ActivationWidths:
         return notes
 
     def _asked(self, name: str) -> int | None:
-        found = None
-        for pattern, bits in self.settings.node_activations:
-            if matches(name, pattern):
-                self.used.add(pattern)
-                found = bits
-        return found if found is not None else dict(self.settings.assigned_activations).get(name)
+        self.used |= {pattern for pattern, _ in self.settings.node_activations if matches(name, pattern)}
+        return self.settings.activations_for(name)

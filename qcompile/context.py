@@ -156,8 +156,19 @@ class Settings:
     @property
     def narrow_activations(self) -> bool:
         """Whether activations of fewer than 8 bits are asked for anywhere."""
-        asked = (self.activation_bits, *(bits for _, bits in (*self.node_activations, *self.assigned_activations)))
-        return min(asked) < 8
+        return self.least_activations < 8
+
+    @property
+    def least_activations(self) -> int:
+        """The least width of integer activations that is asked for."""
+        return min(self.activation_bits, *(bits for _, bits in (*self.node_activations, *self.assigned_activations)), 8)
+
+    def activations_for(self, name: str) -> int | None:
+        """The width that is asked for what node `name` reads: 8 where a limit needs it raised; None where nothing is asked."""
+        if dict(self.raised).get(name) == 8:
+            return 8
+        asked = self.pinned_activations(name)
+        return asked if asked is not None else dict(self.assigned_activations).get(name)
 
     def range_for(self, name: str) -> tuple[float, float] | None:
         """(low, high) that is asked for the output of node `name`, or for the graph input of that name; None: none is."""

@@ -209,7 +209,8 @@ def compile_model(
             # Two samples at least: else there is nothing left to judge on. What mixed precision chose keeps its own limits.
             may_raise = mixed is None and sum(1 for _ in islice(given.evaluation, 2)) == 2
             to_float = format != "integer"
-            found = search(compiler.trials(built, chosen_by), limits, settings.bits, may_raise=may_raise, to_float=to_float)
+            least = min(settings.bits, settings.least_activations) if settings.narrow_activations else settings.bits
+            found = search(compiler.trials(built, chosen_by), limits, least, may_raise=may_raise, to_float=to_float)
             built = found.best.built
             built.loaded.graph.save(path)
             given = replace(given, evaluation=judged_on if found.moves else given.evaluation)

@@ -76,7 +76,9 @@ def raised_line(move: Mapping[str, Any]) -> str:
     """One layer raised to hold a limit, and what that cost."""
     width = "float" if move["to_bits"] == 32 else f"{move['to_bits']} bits"
     why = f"{decibels(move['own_db'])} dB alone, for {bytes_text(move['bytes_added'])}"
-    return f"raised: {move['op']} {move['node']} from {move['from_bits']} bits to {width}: {why}"
+    read = move.get("from_activation_bits", 8)  # reports of earlier versions do not tell
+    before = f"{move['from_bits']} bits" + (f", reading {read}," if read != 8 else "")
+    return f"raised: {move['op']} {move['node']} from {before} to {width}: {why}"
 
 
 def _leftover_line(op: str, reason: str, nodes: list[str]) -> str:
