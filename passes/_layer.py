@@ -132,9 +132,10 @@ class Layer:
         )
         # Every other sample first: the halves that judge each other are then alike, whatever order the data came in.
         exact, noisy = (np.concatenate(rows[::2] + rows[1::2], axis=1) for rows in drawn)
-        result, kind = self.site.result, self.context.activations
+        result = self.site.result
         low, high = -np.inf, np.inf
         if result is not None:
+            kind = result.kind(self.context.activations)
             low, high = (float(result.scale) * (end - result.zero_point) for end in (kind.low, kind.high))
         bias = self._float_bias().reshape(weight.shape[0], 1, weight.shape[1])
         wanted_outputs = np.matmul(exact, np.swapaxes(weight, 1, 2).astype(np.float32)) + bias.astype(np.float32)

@@ -130,7 +130,7 @@ class StreamTrial:
 
     def _scales(self, change: Change, factor: float) -> dict[str, Array]:
         """Step and bounds of each scale class under `change`, for `factor` of its range."""
-        kind = self.context.activations
+        kind = self.context.activations.narrowed(self.context.settings.activation_bits)
         ranges: dict[int, tuple[float, float]] = {}
         for tensor, index in self.classes.items():
             lows, highs = moved_extremes(self.extremes, tensor, self.stream, change, self.shifts)

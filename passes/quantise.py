@@ -22,6 +22,7 @@ from qcompile.context import Context, matches
 from qcompile.errors import InputError, ModelError
 from qcompile.graph import Graph, Node, Tensor, Value
 from qcompile.kernel_operands import TABULATED, kernel_operands
+from qcompile.passes._activation_widths import ActivationWidths, width_groups
 from qcompile.passes._flat_ends import bent_range
 from qcompile.passes._match import is_op
 from qcompile.placement import Placement, clip_bounds, data_inputs, place, pool_area, shares_scale
@@ -61,6 +62,8 @@ class Quantise:
         inserter = Inserter(graph, context, placement)
         report.rewrites = inserter.run()
         context.plan = inserter.plan
+        for label, reason in inserter.wider:
+            report.refuse(label, reason)
         return report
 
 
@@ -78,6 +81,7 @@ class Inserter:
         self.dequantised: dict[Tensor, Value] = {}
         self.bounds: dict[Tensor, tuple[float, float]] = {}
         self.ranges_used: set[str] = set()
+        self.wider: list[tuple[str, str]] = []  # tensors with more bits than asked for, and why
 
     def run(self) -> int:
         """Returns the number of pairs."""
@@ -148,6 +152,8 @@ class Inserter:
                 self.plan.classes.append(by_leader[root])
             by_leader[root].tensors.append(tensor.name)
             self.class_of[tensor] = by_leader[root]
+        self.plan.groups = width_groups(self.graph, self.placement, self.class_of)
+        self.wider = ActivationWidths(self.context.settings, self.plan.groups).assign()
         for root, place_ in by_leader.items():
             self._range(place_, [t for t in leader if find(t) is root])
         for pattern, low, high in self.context.settings.node_ranges:
@@ -155,8 +161,9 @@ class Inserter:
                 raise InputError(f"[nodes] {pattern}: range [{low:g}, {high:g}]: no quantised tensor comes from such a node")
 
     def _range(self, place_: ScaleClass, members: list[Tensor]) -> None:
-        kind = self.context.activations
+        kind = place_.kind(self.context.activations)
         self._choose(place_, members)
+        place_.clamped = place_.bits < 8
         place_.scale, place_.zero_point = activation_params(place_.low, place_.high, kind)
         first = min(members, key=lambda t: t.name != place_.tensors[0])
         place_.scale_const = self.graph.constant(first.name + "_scale", np.asarray(place_.scale, np.float32))
@@ -208,7 +215,9 @@ class Inserter:
 
     def _quantise_float(self, tensor: Value) -> None:
         """Q and DQ for a tensor that stays float for its float readers."""
-        self.integers[tensor] = self._q(tensor, self.class_of[tensor], tensor.name)
+        place_ = self.class_of[tensor]
+        integers = self._q(tensor, place_, tensor.name)
+        self.integers[tensor] = self._clamped(integers, tensor, place_) if place_.bits < 8 else integers
         self.dequantised[tensor] = self._dq(tensor, Value(self.graph.fresh_name(tensor.name + "_dequantized")))
 
     def _q(self, source: Value, place_: ScaleClass, name: str) -> Value:
@@ -287,11 +296,13 @@ class Inserter:
         self.plan.linears.append(LinearSite(node, self._class_read(node.inputs[0]), result, axis, depthwise, output=output))
 
     def _clamped(self, integers: Value, output: Value, place_: ScaleClass) -> Value:
-        """A Clip on the integers where the class's range reaches past the tensor's own folded bounds."""
+        """A Clip on the integers where the class's range reaches past the tensor's own bounds, or has fewer than 8 bits."""
         low, high = self.bounds.get(output, (-np.inf, np.inf))
         floor, ceiling = place_.floor, place_.ceiling
-        if (low == -np.inf or (floor is not None and floor >= low)) and (
-            high == np.inf or (ceiling is not None and ceiling <= high)
+        if (
+            place_.bits == 8
+            and (low == -np.inf or (floor is not None and floor >= low))
+            and (high == np.inf or (ceiling is not None and ceiling <= high))
         ):
             return integers
         return self._clip(integers, place_, output.name, low, high)
@@ -348,7 +359,7 @@ class Inserter:
 
 def set_clamp(site: ClampSite, context: Context) -> None:
     """Write a clamp's integer bounds for its class's present scale."""
-    kind = context.activations
+    kind = site.place.kind(context.activations)
     for index, bound in ((1, site.floor), (2, site.ceiling)):
         edge = kind.low if index == 1 else kind.high
         value = (

@@ -10,6 +10,9 @@ Inputs of the model hold few distinct values, evenly spaced (pixels), and their 
 scaled to [-1, 1] all lie half-way between two steps of their exact range, the worst place there is. Their ranges are
 measured slightly wider as well (`WIDENINGS`), and where one of those rounds far better it is what is narrowed.
 
+With fewer than 8 bits rounding does not follow the step squared either (most values may lie within one step of 0): it is then
+measured with both ends shrunk by each factor, on what is left inside, and taken between those where the ends differ.
+
 What a function reads in 8 bits (GELU as a table) is judged by the output of the linear operator behind the function: rounded and
 clipped values go through both, and what comes out is compared with what the exact values give.
 
@@ -18,7 +21,7 @@ Starts from the exact extremes of the whole calibration; `ranges` other than `ms
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,7 +33,7 @@ from qcompile.graph import Graph, Node, Value
 from qcompile.kernel_operands import TABULATED
 from qcompile.passes._match import is_op
 from qcompile.plan import Plan, ScaleClass
-from qcompile.qparams import activation_params
+from qcompile.qparams import ActivationType, activation_params
 from qcompile.rewrite import Lossy, Promise, Report
 from qcompile.runtime import Session
 from qcompile.sessions import segment_session
@@ -39,6 +42,7 @@ from qcompile.walk import Stream
 Array = npt.NDArray[Any]
 
 FACTORS = (1.0, 0.95, 0.9, 0.82, 0.74, 0.66, 0.55, 0.4)
+NARROW_FACTORS = (*FACTORS, 0.3, 0.22, 0.16, 0.12)  # with fewer than 8 bits: the coarser the steps, the more clipping pays
 WIDENINGS = (1.0, 1.001, 1.002, 1.004, 1.008, 1.016)  # of the range of an input of the model
 _FAR_BETTER = 0.7  # of the exact range's rounding error
 _READERS = ("Conv", "Gemm", "Add", "GlobalAveragePool")
@@ -47,15 +51,21 @@ _HOPELESS = 4.0  # clipping that costs this many times the rounding is not follo
 
 @dataclass
 class _Errors:
-    """Relative squared errors of one class's readers, summed: rounding for each widening, clipping by factor at each end."""
+    """Relative squared errors of one class's readers, summed: rounding for each widening, clipping by factor at each end.
+
+    inner: with fewer than 8 bits, rounding by the factor of both ends.
+    """
 
     widenings: tuple[float, ...]
+    factors: tuple[float, ...] = FACTORS
     rounding: Array = field(init=False)
-    low: Array = field(default_factory=lambda: np.zeros(len(FACTORS)))
-    high: Array = field(default_factory=lambda: np.zeros(len(FACTORS)))
+    low: Array = field(init=False)
+    high: Array = field(init=False)
+    inner: Array = field(init=False)
 
     def __post_init__(self) -> None:
         self.rounding = np.zeros(len(self.widenings))
+        self.low, self.high, self.inner = (np.zeros(len(self.factors)) for _ in range(3))
 
 
 @dataclass(frozen=True)
@@ -81,7 +91,7 @@ class SearchRanges:
             if (low, high) == (place.low, place.high):
                 continue
             place.low, place.high = low, high
-            place.scale, place.zero_point = activation_params(low, high, context.activations)
+            place.scale, place.zero_point = activation_params(low, high, place.kind(context.activations))
             assert place.scale_const is not None and place.zero_const is not None
             place.scale_const.assign(np.asarray(place.scale, np.float32))
             place.zero_const.assign(np.asarray(place.zero_point, context.activations.dtype))
@@ -89,17 +99,40 @@ class SearchRanges:
         return report
 
 
+def ranges_at(
+    original: Graph, context: Context, places: Sequence[ScaleClass], bits: int
+) -> dict[ScaleClass, tuple[float, float]]:
+    """The range that each of `places` would get with `bits`; its own where none is searched. The plan stays as it is."""
+    plan, settings = context.plan, context.settings
+    assert plan is not None
+    if settings.ranges != "mse" or settings.effort == "fast":
+        return {p: (p.low, p.high) for p in places}
+    before = {p: p.bits for p in places}
+    for place in places:
+        place.bits = bits
+    try:
+        errors = _measure(plan, original, context, SearchRanges.samples, set(places))
+        return {p: _best(p, errors[p]) if p in errors else (p.low, p.high) for p in places}
+    finally:
+        for place, width in before.items():
+            place.bits = width
+
+
 def _decided_by(plan: Plan, original: Graph) -> object:
     """What the ranges of one model on one set of samples follow from: a compilation that differs elsewhere may take them over."""
-    classes = tuple((place.low, place.high, *place.tensors) for place in plan.classes)
+    classes = tuple((place.low, place.high, place.bits, *place.tensors) for place in plan.classes)
     nodes = [*(s.node for s in plan.linears), *(s.node for s in plan.adds), *(s.node for s in plan.pools)]
     return classes, tuple(n.name for n in nodes), tuple((n.name, n.op) for n in original.nodes)
 
 
-def _measure(plan: Plan, original: Graph, context: Context, samples: int) -> dict[ScaleClass, _Errors]:
+def _measure(
+    plan: Plan, original: Graph, context: Context, samples: int, only: set[ScaleClass] | None = None
+) -> dict[ScaleClass, _Errors]:
+    """The errors of every class whose range is free; of `only` these where they are given."""
     fixed = {name for name, observer in context.observers.items() if observer.fixed}
-    fixed |= {name for place in plan.classes if place.given for name in place.tensors}
-    classes = {name: place for place in plan.classes if fixed.isdisjoint(place.tensors) for name in place.tensors}
+    # Equalisation chose its ranges for 8 bits: with fewer they are where the search starts.
+    free = [p for p in plan.classes if not p.given and (p.bits < 8 or fixed.isdisjoint(p.tensors))]
+    classes = {name: place for place in free if only is None or place in only for name in place.tensors}
     integer = {n.name for n in [*(s.node for s in plan.linears), *(s.node for s in plan.adds), *(s.node for s in plan.pools)]}
     picked = context.samples[:: max(1, len(context.samples) // samples)][:samples]
     stream = Stream(original, picked)
@@ -119,7 +152,8 @@ def _measure(plan: Plan, original: Graph, context: Context, samples: int) -> dic
             widenings = (1.0,) if inputs.isdisjoint(place.tensors) else WIDENINGS
             values = stream.values(source)
             reader = _Reader(node, values, context) if behind is None else _FunctionReader(behind, values, context)
-            reader.add(place, errors.setdefault(place, _Errors(widenings)))
+            factors = FACTORS if place.bits == 8 else NARROW_FACTORS
+            reader.add(place, errors.setdefault(place, _Errors(widenings, factors)))
     return errors
 
 
@@ -154,13 +188,16 @@ class _Reader:
 
     def add(self, place: ScaleClass, errors: _Errors) -> None:
         """Add this reader's relative errors to its class's."""
-        rounding = [self._cost(self._rounded(place.low * w, place.high * w)) for w in errors.widenings]
+        kind = place.kind(self.kind)
+        rounding = [self._cost(self._rounded(place.low * w, place.high * w, kind)) for w in errors.widenings]
         errors.rounding += rounding
+        if place.bits < 8:
+            errors.inner += [self._cost(self._rounded_inside(place, factor, kind)) for factor in errors.factors]
         for end, table in ((place.low, errors.low), (place.high, errors.high)):
             if end == 0.0:
                 continue
             known = self._clipping(end)  # where a function is flat: part of `rounding`
-            for index, factor in enumerate(FACTORS[1:], 1):
+            for index, factor in enumerate(errors.factors[1:], 1):
                 cost = max(self._clipping(end * factor) - known, 0.0)
                 table[index] += cost
                 if cost > _HOPELESS * rounding[0]:
@@ -172,11 +209,17 @@ class _Reader:
         clipped = [(np.minimum(x, edge) if end > 0 else np.maximum(x, edge)) - x for x in self.values]
         return self._cost(clipped) if any(c.any() for c in clipped) else 0.0
 
-    def _rounded(self, low: float, high: float) -> list[Array]:
-        """The error of each value where the range is [low, high]."""
-        scale, zero = activation_params(low, high, self.kind)
-        step, ends = float(scale), (self.kind.low, self.kind.high)
+    def _rounded(self, low: float, high: float, kind: ActivationType) -> list[Array]:
+        """The error of each value where the range is [low, high] in the integers of `kind`."""
+        scale, zero = activation_params(low, high, kind)
+        step, ends = float(scale), (kind.low, kind.high)
         return [((np.clip(np.rint(x / step) + zero, *ends) - zero) * step - x).astype(np.float32) for x in self.values]
+
+    def _rounded_inside(self, place: ScaleClass, factor: float, kind: ActivationType) -> list[Array]:
+        """The error that rounding adds to clipping where both ends of the range are shrunk by `factor`."""
+        low, high = place.low * factor, place.high * factor
+        clipped = [np.clip(x, np.float32(low), np.float32(high)) - x for x in self.values]
+        return [a - b for a, b in zip(self._rounded(low, high, kind), clipped, strict=True)]
 
     def _cost(self, errors: list[Array]) -> float:
         """The energy of what `errors` of the values change, relative to the reader's output."""
@@ -240,11 +283,12 @@ def _bare_session(node: Node) -> Session | None:
 
 def _best(place: ScaleClass, errors: _Errors) -> tuple[float, float]:
     """The pair of ends with the least total error."""
-    factors, wider = np.asarray(FACTORS), int(np.argmin(errors.rounding))
+    factors, wider = np.asarray(errors.factors), int(np.argmin(errors.rounding))
     if errors.rounding[wider] > _FAR_BETTER * errors.rounding[0]:
         wider = 0
     lows, highs = place.low * factors, place.high * factors
     step = (highs[None, :] - lows[:, None]) / (place.high - place.low)
-    total = errors.rounding[wider] * step**2 + errors.low[:, None] + errors.high[None, :]
+    rounding = errors.rounding[wider] * step**2 if place.bits == 8 else np.interp(step, factors[::-1], errors.inner[::-1])
+    total = rounding + errors.low[:, None] + errors.high[None, :]
     i, j = np.unravel_index(int(np.argmin(total)), total.shape)
     return float(lows[i] * errors.widenings[wider]), float(highs[j] * errors.widenings[wider])

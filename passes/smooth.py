@@ -85,7 +85,8 @@ class Smooth:
         """The scales [K] with the least error, float32; None where none gains enough."""
         weights = [_matrix(g) for g in group.gemms]
         wanted = [rows @ w for w in weights]
-        top, kind = 2 ** (context.settings.bits - 1) - 1, context.activations
+        top = 2 ** (context.settings.bits - 1) - 1
+        kind = context.activations.narrowed(context.settings.activation_bits)
         plain = _error(rows, weights, wanted, observer, np.ones(rows.shape[1], np.float32), kind, top)
         best, least = None, plain * 10 ** (-self.least_gain_db / 10)
         for strength in self.strengths:

@@ -1,12 +1,14 @@
 """Which width for which layer: an integer linear program, solved exactly.
 
     min  sum_lo cost_lo x_lo      s.t.  sum_o x_lo = 1 for every layer l,   sum_lo use_rlo x_lo <= limit_r for every resource r,
-                                        x_lo = x_mo where l and m are tied
+                                        sum_(o: weights b) x_lo = sum_(o: weights b) x_mo where l and m are tied,
+                                        sum_(o: activations a) x_lo <= z_ga where l reads group g
 
 A choice o is a pair (weight bits, activation bits); resources are bytes, bit operations, seconds, bits (HAWQ-V3, Yao et al.
-2021). Solved by HiGHS (scipy's `milp`) with no gap. Ties between optimal assignments go to the one with the least use of all
-resources, each as a share of what all layers use at their widest, then to the earlier choices, so that the answer is the same
-every time.
+2021). A group g of activations that have one width is one more row of choices, linked with the layers that read it; a layer that
+stays float leaves it open. Solved by HiGHS (scipy's `milp`) with no gap. Ties between optimal assignments go to the one with the
+least use of all resources, each as a share of what all layers use at their widest, then to the earlier choices, so that the
+answer is the same every time.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from types import MappingProxyType
 
 import numpy as np
 
+from qcompile.context import FLOAT_BITS
 from qcompile.errors import InputError
 from qcompile.runtime import Array
 from qcompile.stray_output import no_stray_output
@@ -64,17 +67,18 @@ def solve(
     limits: Mapping[str, float],
     ties: Sequence[Sequence[str]] = (),
     names: Mapping[str, str] = MappingProxyType({}),
+    links: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> Assignment:
     """The assignment of least cost within `limits` (resource: most of it).
 
-    ties: groups of layers that take the same choice; each choice must be offered by all of a group, or it is none of theirs.
-    names: what messages call a resource. Raises InputError where no assignment keeps the limits, with the nearest value of a
-    limit that can be kept, or where scipy is missing.
+    ties: groups of layers whose weights have the same width; a width must be open to all of a group, or it is none of theirs.
+    names: what messages call a resource. links: of a group of activations (in `layers` too), the layers that read it. Raises
+    InputError where no assignment keeps the limits, with the nearest value of one that can be kept, or where scipy is missing.
     """
     require_scipy()
     if not layers:
         raise InputError("there is no layer whose width could be chosen")
-    program = _Program(layers, ties)
+    program = _Program(layers, ties, links)
     if not np.isfinite(program.cost).all():
         raise InputError("the cost of a choice is not finite; leave its layer out with --exclude")
     found = program.minimise(program.cost, limits)
@@ -90,7 +94,7 @@ def solve(
 class _Program:
     """The arrays of one program: a column a (layer, choice)."""
 
-    def __init__(self, layers: Sequence[Options], ties: Sequence[Sequence[str]]) -> None:
+    def __init__(self, layers: Sequence[Options], ties: Sequence[Sequence[str]], links: Mapping[str, Sequence[str]]) -> None:
         self.layers = list(layers)
         offered = _shared(self.layers, ties)
         self.columns = [(i, k) for i, x in enumerate(self.layers) for k, c in enumerate(x.choices) if c in offered[i]]
@@ -98,12 +102,15 @@ class _Program:
         names = sorted({name for x in self.layers for name in x.uses})
         self.uses = {n: np.array([self.layers[i].uses[n][k] for i, k in self.columns]) for n in names}
         self.rows = _equalities(self.layers, self.columns, ties)
+        self.links = _links(self.layers, self.columns, links)
 
     def minimise(self, cost: Array, limits: Mapping[str, float], most: float | None = None) -> Array | None:
         """The 0/1 columns of least `cost`, `self.cost` being at most `most`; None where there are none."""
         from scipy.optimize import Bounds, LinearConstraint, milp
 
         constraints = [LinearConstraint(self.rows[0], self.rows[1], self.rows[1])]
+        if len(self.links):
+            constraints.append(LinearConstraint(self.links, -np.inf, 0.0))
         for name, limit in limits.items():
             scale = max(float(np.abs(self.uses[name]).max(initial=0)), 1e-300)
             constraints.append(LinearConstraint(self.uses[name][None] / scale, -np.inf, limit / scale * (1 + 1e-12)))
@@ -144,18 +151,18 @@ def _shared(layers: Sequence[Options], ties: Sequence[Sequence[str]]) -> list[se
     index = {x.layer: i for i, x in enumerate(layers)}
     for group in ties:
         members = [index[name] for name in group if name in index]
-        common = set.intersection(*(offered[i] for i in members)) if members else set()
+        common = set.intersection(*({c.weights for c in offered[i]} for i in members)) if members else set()
         if members and not common:
             raise InputError(f"layers {', '.join(group)} must share their width, and no width is open to all of them")
         for i in members:
-            offered[i] = common
+            offered[i] = {c for c in offered[i] if c.weights in common}
     return offered
 
 
 def _equalities(
     layers: Sequence[Options], columns: Sequence[tuple[int, int]], ties: Sequence[Sequence[str]]
 ) -> tuple[Array, Array]:
-    """(matrix, right-hand side): one choice a layer, tied layers alike."""
+    """(matrix, right-hand side): one choice a layer, the weights of tied layers alike."""
     rows, right = [], []
     for at in range(len(layers)):
         rows.append([1.0 if i == at else 0.0 for i, _ in columns])
@@ -164,16 +171,28 @@ def _equalities(
     for group in ties:
         members = [index[name] for name in group if name in index]
         for other in members[1:]:
-            for j, (i, k) in enumerate(columns):
-                if i != members[0]:
-                    continue
-                row = [0.0] * len(columns)
-                row[j] = 1.0
-                same = layers[i].choices[k]
-                row[next(c for c, (a, b) in enumerate(columns) if a == other and layers[a].choices[b] == same)] = -1.0
-                rows.append(row)
+            for bits in sorted({layers[i].choices[k].weights for i, k in columns if i == members[0]}):
+                sides = {members[0]: 1.0, other: -1.0}
+                same = [layers[i].choices[k].weights == bits for i, k in columns]
+                rows.append([sides.get(i, 0.0) if alike else 0.0 for (i, _), alike in zip(columns, same, strict=True)])
                 right.append(0.0)
     return np.array(rows), np.array(right)
+
+
+def _links(layers: Sequence[Options], columns: Sequence[tuple[int, int]], links: Mapping[str, Sequence[str]]) -> Array:
+    """Rows of which each product is at most 0: a layer reads `a` bits only where its group has them."""
+    rows = []
+    index = {x.layer: i for i, x in enumerate(layers)}
+    for group, members in links.items():
+        widths = {c.activations for name in members for c in layers[index[name]].choices} - {FLOAT_BITS}
+        for name in members:
+            for bits in sorted(widths):
+                row = [0.0] * len(columns)
+                for j, (i, k) in enumerate(columns):
+                    if layers[i].choices[k].activations == bits and i in (index[name], index[group]):
+                        row[j] = 1.0 if i == index[name] else -1.0
+                rows.append(row)
+    return np.array(rows)
 
 
 def _infeasible(program: _Program, limits: Mapping[str, float], names: Mapping[str, str]) -> str:

@@ -41,6 +41,7 @@ from qcompile.cli_mixed import mixed_options, sensitivity
 from qcompile.cli_recipe import RECIPE
 from qcompile.command_group import CompileCommand, CompileGroup, run
 from qcompile.errors import LimitError
+from qcompile.options_activations import CHOICES
 from qcompile.printing import TerminalProgress, console, print_passes
 from qcompile.recipe import Recipe
 
@@ -110,9 +111,9 @@ def cli() -> None:
 )
 @click.option(
     "--activations",
-    type=click.Choice(["int8", "float"]),
+    type=click.Choice(CHOICES),
     default="int8",
-    help="float: weight-only, for --bits 4; the next four options are for it.  [int8]",
+    help="Width of activations; float: weight-only, for --bits 4; the next four options are for it.  [int8]",
 )
 @click.option("--block", type=click.Choice(["32", "64", "128"]), help="Weights that share a scale.  [32]")
 @click.option("--symmetric/--asymmetric", default=None, help="Blocks without or with zero points.  [asymmetric]")

@@ -79,7 +79,8 @@ class Settings:
     exclude: node names or shell patterns that stay float. node_bits, node_ranges: (name or pattern, bits) and (name or pattern,
     low, high) that a user gives; the last that matches counts. raised: (node, bits) of layers that a limit on the result needs
     to have more bits than the others, `FLOAT_BITS` for float. assigned: (node, bits) that mixed precision chose; node_bits win.
-    weight_only: set where activations stay float.
+    weight_only: set where activations stay float. activation_bits: the width of integer activations; node_activations: (pattern,
+    bits) of what single nodes read, of a user; assigned_activations: the same by name, of mixed precision.
     sparsity: `2:4` or a share such as `0.5` of weights that become zero; criterion: magnitude | wanda | obd | obs;
     sparsity_scope: layer | global, what a share is a share of; sparse_storage: compressed | dense, of 2:4 weights.
     pruning: set where channels are removed.
@@ -110,6 +111,9 @@ class Settings:
     sparse_storage: str = "compressed"
     pruning: ChannelPruning | None = None
     kernels: str = "table"
+    activation_bits: int = 8
+    node_activations: tuple[tuple[str, int], ...] = ()
+    assigned_activations: tuple[tuple[str, int], ...] = ()
 
     @property
     def pair_rule(self) -> bool:
@@ -144,6 +148,27 @@ class Settings:
     def pinned(self, name: str) -> int | None:
         """The width that a user gives node `name`; None where none does."""
         return next((bits for pattern, bits in reversed(self.node_bits) if matches(name, pattern)), None)
+
+    def pinned_activations(self, name: str) -> int | None:
+        """The width that a user gives what node `name` reads; None where none does."""
+        return next((bits for pattern, bits in reversed(self.node_activations) if matches(name, pattern)), None)
+
+    @property
+    def narrow_activations(self) -> bool:
+        """Whether activations of fewer than 8 bits are asked for anywhere."""
+        return self.least_activations < 8
+
+    @property
+    def least_activations(self) -> int:
+        """The least width of integer activations that is asked for."""
+        return min(self.activation_bits, *(bits for _, bits in (*self.node_activations, *self.assigned_activations)), 8)
+
+    def activations_for(self, name: str) -> int | None:
+        """The width that is asked for what node `name` reads: 8 where a limit needs it raised; None where nothing is asked."""
+        if dict(self.raised).get(name) == 8:
+            return 8
+        asked = self.pinned_activations(name)
+        return asked if asked is not None else dict(self.assigned_activations).get(name)
 
     def range_for(self, name: str) -> tuple[float, float] | None:
         """(low, high) that is asked for the output of node `name`, or for the graph input of that name; None: none is."""

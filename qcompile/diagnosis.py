@@ -105,7 +105,7 @@ class _Layer:
             out.add(y, self._floats(written))
             own.add(y, self._floats(self._run(self._round(x))))
             place, counted = (site.source, integers) if site.result is None else (site.result, written)
-            clipped += sum(int((counted == end).sum()) for end in clipping_ends(place, self.kind))
+            clipped += sum(int((counted == end).sum()) for end in clipping_ends(place, place.kind(self.kind)))
             total += counted.size
         assert site.stored is not None
         return LayerRecord(
@@ -121,6 +121,7 @@ class _Layer:
             low=site.source.low,
             high=site.source.high,
             saturation=clipped / max(total, 1),
+            activation_bits=site.source.bits,
         )
 
     def _run(self, integers: Array) -> Array:
@@ -129,7 +130,8 @@ class _Layer:
     def _round(self, x: Array) -> Array:
         """QuantizeLinear: half to even in float32, saturated."""
         steps = np.rint(x.astype(np.float32) / self.site.source.scale) + np.float32(self.site.source.zero_point)
-        rounded: Array = np.clip(steps, self.kind.low, self.kind.high).astype(self.kind.dtype)
+        kind = self.site.source.kind(self.kind)
+        rounded: Array = np.clip(steps, kind.low, kind.high).astype(kind.dtype)
         return rounded
 
     def _floats(self, written: Array) -> Array:

@@ -41,7 +41,10 @@ class Trial(Generic[T]):
 
 @dataclass(frozen=True)
 class Move:
-    """A layer raised `from_bits` -> `to_bits` (32: float), what the diagnosis said of it before, and the bytes that it adds."""
+    """A layer raised `from_bits` -> `to_bits` (32: float), what the diagnosis said of it before, and the bytes that it adds.
+
+    from_activation_bits: what it read; 8 bits are read from then on.
+    """
 
     node: str
     op: str
@@ -50,6 +53,7 @@ class Move:
     own_db: float | None
     sqnr_out_db: float | None
     bytes_added: int
+    from_activation_bits: int = 8
 
 
 @dataclass
@@ -80,8 +84,9 @@ def search(
 ) -> Found[T]:
     """Compile as asked; where `limits` do not hold, with more and more layers raised.
 
-    compile_with: compiles with these layers raised, and measures. bits: what weights have as asked. Nothing is raised without
-    `may_raise` or with fewer than `LEAST_SAMPLES` to choose by; nothing becomes float without `to_float`.
+    compile_with: compiles with these layers raised, and measures. bits: what weights have as asked, or activations where those
+    have fewer. Nothing is raised without `may_raise` or with fewer than `LEAST_SAMPLES` to choose by; nothing becomes float
+    without `to_float`.
     At most three trials are held at a time.
     """
     first = compile_with(())
@@ -97,11 +102,21 @@ def search(
 
 
 def rank(layers: Iterable[LayerRecord], to_bits: int) -> list[Move]:
-    """The layers that have fewer bits and any error, by falling noise / signal for each byte added. Ties keep their order."""
+    """The layers that have or read fewer bits and have any error, by falling noise / signal for each byte added. Ties keep their
+    order."""
     moves = [
-        Move(layer.node, layer.op, layer.bits, to_bits, layer.own_db, layer.sqnr_out_db, _bytes_added(layer, to_bits))
+        Move(
+            layer.node,
+            layer.op,
+            layer.bits,
+            to_bits,
+            layer.own_db,
+            layer.sqnr_out_db,
+            _bytes_added(layer, to_bits),
+            layer.activation_bits,
+        )
         for layer in layers
-        if layer.bits < to_bits and layer.own_db is not None
+        if (layer.bits < to_bits or layer.activation_bits < min(to_bits, 8)) and layer.own_db is not None
     ]
     return sorted(moves, key=lambda move: -(10 ** (-(move.own_db or 0.0) / 10)) / move.bytes_added)
 
@@ -152,7 +167,14 @@ def _add(moves: list[Move], more: Iterable[Move]) -> None:
             continue
         old = moves[places[move.node]]
         moves[places[move.node]] = Move(
-            old.node, old.op, old.from_bits, move.to_bits, old.own_db, old.sqnr_out_db, old.bytes_added + move.bytes_added
+            old.node,
+            old.op,
+            old.from_bits,
+            move.to_bits,
+            old.own_db,
+            old.sqnr_out_db,
+            old.bytes_added + move.bytes_added,
+            old.from_activation_bits,
         )
 
 

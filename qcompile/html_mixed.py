@@ -15,12 +15,16 @@ _FLOAT = 32
 
 
 def widths_chart(layers: Sequence[Mapping[str, Any]], described: str) -> Markup:
-    """Average Hessian trace (logarithmic, with its 95 % interval) and the width that was chosen, one place a layer."""
+    """Average Hessian trace (logarithmic, with its 95 % interval) and the widths that were chosen, one place a layer."""
     figure = new_figure(8, 3.6)
     axes = figure.subplots()
     x = np.arange(len(layers)) + 1
     bits = np.array([np.nan if layer["bits"] == _FLOAT else layer["bits"] for layer in layers], np.float64)
     axes.bar(x, bits, color=BLUE, alpha=0.35, label="bits of the weights (float: no bar)")
+    read = np.array([layer["activation_bits"] for layer in layers], np.float64)
+    if ((read != 8) & (read != _FLOAT)).any():
+        read[read == _FLOAT] = np.nan
+        axes.plot(x, read, "_", color=RED, markersize=9, markeredgewidth=2, label="bits of the activations that it reads")
     axes.set_xlabel("layer, in graph order")
     axes.set_ylabel("bits")
     axes.set_ylim(0, 9)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from onnx import TensorProto
 
+from qcompile.clipped_bits import clipped_bits
 from qcompile.graph import Array, Const, Graph, Node, Tensor, Value
 from qcompile.runtime import Feeds, Optimisation
 from qcompile.sessions import graph_session, segment_session
@@ -155,8 +156,11 @@ def _count(node: Node, weight: Array, width: int, outputs: int | None) -> LayerC
         matrix = matrix.astype(np.int16) - np.resize(zero.array().astype(np.int16), len(matrix))[:, None]
     macs = None if outputs is None else outputs * int(matrix.shape[1])
     source = node.inputs[0].producer
-    integer = node.op in _INTEGER or (source is not None and source.op == "DequantizeLinear" and width < _FLOAT_BITS)
-    activations = 8 if integer else _FLOAT_BITS
+    dequantised = source is not None and source.op == "DequantizeLinear" and width < _FLOAT_BITS
+    activations = _FLOAT_BITS
+    if node.op in _INTEGER or dequantised:
+        integers = source.inputs[0] if source is not None and dequantised else node.inputs[0]
+        activations = clipped_bits(integers)
     return LayerCount(node.label, node.op, matrix, depthwise, groups, channels, width, activations, macs)
 
 

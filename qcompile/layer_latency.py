@@ -13,7 +13,7 @@ from qcompile.cut_layer import CutLayer, LayerSpec
 from qcompile.graph import Array
 from qcompile.graph_io import node_proto
 from qcompile.latency import measure_latency
-from qcompile.mixed import LayerTimes
+from qcompile.planner import LayerTimes
 from qcompile.probing import Study
 from qcompile.runtime import Feeds
 

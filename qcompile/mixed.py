@@ -1,58 +1,27 @@
-"""Mixed precision: which width each layer's weights get under limits on the whole model (`--bits mixed --limit ...`).
+"""Mixed precision: which width each layer gets under limits on the whole model (`--bits mixed --limit ...`).
 
-Sensitivities (`qcompile.sensitivity`) are the costs of an integer program (`qcompile.assignment`). The errors of layers are taken
+Sensitivities (`qcompile.sensitivity`) are the costs of an integer program (`qcompile.planner`). The errors of layers are taken
 to add up, which they do nearly; so the optimum by each measure that was asked for is compiled with one half of the calibration
 samples, and the one whose outputs come nearest to the float model's on the other half is kept. (On the samples that rounding was
 learned from, layers that learn them by heart look good: behind a global pool each sample is one row.)
-
-    avg-bits   stored bits of the chosen layers' weights over their number
-    size       bytes of the file over those of the float file
-    bops       multiply-accumulates * weight bits * activation bits, over those of the model with 8 and 8 bits
-    latency    time of a run over the float model's, from times of single layers measured on this machine
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
-from qcompile.assignment import Choice, Options, solve
-from qcompile.context import FLOAT_BITS, WIDTHS, Settings
+from qcompile.context import FLOAT_BITS, Settings
 from qcompile.errors import InputError
-from qcompile.sensitivity import Effort, LayerSensitivity, Sensitivity
+from qcompile.planner import Assigned, Planner
+from qcompile.sensitivity import Sensitivity
 
-Assigned: TypeAlias = tuple[tuple[str, int], ...]
-UNIFORM = "uniform"  # beside the measures: one width for all, as wide as the limits allow
-LIMITS = ("avg-bits", "size", "bops", "latency")
-_REST = "everything but the layers' weights"
 _ROUNDS = 4  # of correcting the bytes that are not weights
-_MARGIN = 512  # bytes by which the final file may exceed the one that was tried: other constants may happen to be equal
 _SPARE = 1.05  # times what other matrices add to the average: it grows a little as the layers get narrower
 _ROUNDING = 1 + 1e-9  # sums of shares, for whole widths
 _SLACK = 0.002  # of the float file's bytes: an estimate that was off by more is corrected though the limit holds
-
-
-@dataclass(frozen=True)
-class Mixing:
-    """What `--bits mixed` was asked for. limits: (name, value) of `LIMITS`; widths: open to weights, 32 for float; by: the
-    measures whose optima are compiled; pareto: how many points of the front are compiled and measured beside them."""
-
-    limits: tuple[tuple[str, float], ...]
-    widths: tuple[int, ...] = WIDTHS
-    by: tuple[str, ...] = ("noise", "hessian", UNIFORM)
-    pareto: int = 0
-    effort: Effort = field(default_factory=Effort)
-
-
-@dataclass(frozen=True)
-class LayerTimes:
-    """Milliseconds of each layer in integers and in float, in the order of the layers, and of the whole float model."""
-
-    integer: tuple[float, ...]
-    floating: tuple[float, ...]
-    whole: float
 
 
 @dataclass(frozen=True)
@@ -70,139 +39,6 @@ class Mixed:
 
     assigned: Assigned
     report: dict[str, Any]
-
-
-def packed_bytes(weights: int, bits: int) -> int:
-    """Bytes of `weights` weights in the file."""
-    if bits in (8, FLOAT_BITS):
-        return weights * bits // 8
-    return -(-weights // 2) if bits == 4 else bits * -(-weights // 8)
-
-
-class Planner:
-    """The integer program of one model for any limits."""
-
-    def __init__(
-        self,
-        sensitivity: Sensitivity,
-        mixing: Mixing,
-        settings: Settings,
-        float_bytes: int,
-        times: LayerTimes | None = None,
-    ) -> None:
-        self.layers, self.mixing, self.settings = sensitivity.layers, mixing, settings
-        self.float_bytes, self.times = float_bytes, times
-        self.weights = sum(x.spec.weights for x in self.layers)
-        self.macs = max(sum(x.macs for x in self.layers), 1)
-        # What is not weights: biases stay as large, each channel gets a scale; corrected by the first file that is written.
-        self.rest = float_bytes - 4 * self.weights + sum(4 * x.spec.channels for x in self.layers)
-        self.ties = _ties(self.layers)
-
-    def solve(self, measure: str, limits: Mapping[str, float]) -> Assigned | None:
-        """The optimum by `measure`; None where a layer has no such cost (no trace).
-
-        Raises InputError where limits cannot be kept."""
-        if measure == UNIFORM:
-            return self._uniform(limits)
-        options = [self._options(index, layer, measure) for index, layer in enumerate(self.layers)]
-        if None in options:
-            return None
-        known = [o for o in options if o is not None]
-        uses = {"size": ((self.rest + _MARGIN) / self.float_bytes,), "avg-bits": (0.0,), "bops": (0.0,)}
-        if self.times is not None:
-            linear = sum(self.times.floating)
-            uses["latency"] = (max(0.0, self.times.whole - linear) / self.times.whole,)
-        known.append(Options(_REST, (Choice(FLOAT_BITS, FLOAT_BITS),), (0.0,), uses))
-        names = {name: f"--limit {name}" for name in LIMITS}
-        found = solve(known, limits, self.ties, names=names)
-        chosen = zip(self.layers, found.choices, strict=False)
-        assigned = tuple((layer.spec.node, choice.weights) for layer, choice in chosen)
-        if all(bits == FLOAT_BITS for _, bits in assigned):
-            raise InputError("the limits let every layer stay float; give a tighter --limit, or --widths without float")
-        return assigned
-
-    def narrowest(self) -> Assigned:
-        """Every layer at its least width."""
-        pinned = [(x.spec.node, self.settings.pinned(x.spec.node)) for x in self.layers]
-        return tuple((node, min(self.mixing.widths) if asked is None else asked) for node, asked in pinned)
-
-    def seems_too_large(self, limit: float) -> bool:
-        """Whether no assignment keeps `limit` on bytes, as far as is known."""
-        return self.uses(self.narrowest())["size"] + _MARGIN / self.float_bytes > limit
-
-    def _uniform(self, limits: Mapping[str, float]) -> Assigned | None:
-        """The widest width of integers that all layers (but pinned ones) can have; None where no width keeps the limits."""
-        for bits in sorted((b for b in self.mixing.widths if b != FLOAT_BITS), reverse=True):
-            pinned = [(x.spec.node, self.settings.pinned(x.spec.node)) for x in self.layers]
-            assigned = tuple((node, bits if asked is None else asked) for node, asked in pinned)
-            used = self.uses(assigned)
-            used["size"] += _MARGIN / self.float_bytes
-            if all(used[name] <= limit * _ROUNDING for name, limit in limits.items()):
-                return assigned
-        return None
-
-    def predicted(self, assigned: Assigned) -> float:
-        """Noise / signal of the outputs where the layers' measured ones add up."""
-        bits = dict(assigned)
-        return sum(c.noise for x in self.layers for c in x.weights if c.bits == bits[x.spec.node])
-
-    def uses(self, assigned: Assigned) -> dict[str, float]:
-        """Of each resource, in the limits' units."""
-        bits = dict(assigned)
-        pairs = [(i, x, bits[x.spec.node]) for i, x in enumerate(self.layers)]
-        found = {"avg-bits": 0.0, "size": self.rest / self.float_bytes, "bops": 0.0}
-        if self.times is not None:
-            found["latency"] = max(0.0, self.times.whole - sum(self.times.floating)) / self.times.whole
-        for index, layer, width in pairs:
-            for name, value in self._uses(index, layer, width).items():
-                found[name] += value
-        return found
-
-    def learn(self, assigned: Assigned, size_bytes: int) -> float:
-        """Take over what a written file really needs beside weights; returns by how much the estimate was off, in bytes."""
-        bits = dict(assigned)
-        rest = size_bytes - sum(packed_bytes(x.spec.weights, bits[x.spec.node]) for x in self.layers)
-        off, self.rest = abs(rest - self.rest), rest
-        return off
-
-    def _options(self, index: int, layer: LayerSensitivity, measure: str) -> Options | None:
-        asked = self.settings.pinned(layer.spec.node)
-        widths = self.mixing.widths if asked is None else (asked,)
-        if layer.spec.kind == "table":  # no row is read in float where others are integers: 8 bits lose nothing there
-            widths = tuple(b for b in widths if b != FLOAT_BITS) or (8,)
-        costs = {c.bits: layer.cost(c, measure) for c in layer.weights}
-        # From narrow to wide: the error of a single layer never grows with its width but by chance, which must not decide.
-        choices, values, worst = [], [], math.inf
-        for bits in sorted(widths):
-            value = costs[bits]
-            if value is None:
-                return None
-            worst = min(worst, value)
-            choices.append(Choice(bits, 8 if bits != FLOAT_BITS else FLOAT_BITS))
-            values.append(worst)
-        used = [self._uses(index, layer, bits) for bits in sorted(widths)]
-        uses = {name: tuple(u[name] for u in used) for name in used[0]}
-        return Options(layer.spec.node, tuple(choices), tuple(values), uses)
-
-    def _uses(self, index: int, layer: LayerSensitivity, bits: int) -> dict[str, float]:
-        activations = FLOAT_BITS if bits == FLOAT_BITS else 8
-        found = {
-            "avg-bits": bits * layer.spec.weights / self.weights,
-            "size": packed_bytes(layer.spec.weights, bits) / self.float_bytes,
-            "bops": layer.macs * bits * activations / (self.macs * 64),
-        }
-        if self.times is not None:
-            row = self.times.floating if bits == FLOAT_BITS else self.times.integer
-            found["latency"] = row[index] / self.times.whole
-        return found
-
-
-def _ties(layers: Sequence[LayerSensitivity]) -> list[list[str]]:
-    """Layers that share a weight share its width."""
-    groups: dict[str, list[str]] = {}
-    for layer in layers:
-        groups.setdefault(layer.spec.weight, []).append(layer.spec.node)
-    return [names for names in groups.values() if len(names) > 1]
 
 
 def mix(sensitivity: Sensitivity, planner: Planner, attempt: Callable[[Assigned], Tried]) -> Mixed:
@@ -236,10 +72,11 @@ def mix(sensitivity: Sensitivity, planner: Planner, attempt: Callable[[Assigned]
         raise InputError("--bits mixed: no trace was estimated in time; raise --max-seconds, or give --mixed-by noise")
     assigned, tried, measure = best
     front = _front(planner, limits, assigned, tried, once)
-    bits = dict(assigned)
-    report = {
+    bits, activations = dict(assigned.weights), planner.activation_bits(assigned)
+    report: dict[str, Any] = {
         "limits": dict(mixing.limits),
         "widths": list(mixing.widths),
+        "activation_widths": list(mixing.activations),
         "by": measure,
         "average_bits": tried.average_bits,
         "predicted": planner.uses(assigned),
@@ -248,7 +85,9 @@ def mix(sensitivity: Sensitivity, planner: Planner, attempt: Callable[[Assigned]
         **sensitivity.as_json(),
     }
     for entry in report["layers"]:
-        entry["bits"] = bits[entry["node"]]
+        entry["bits"], entry["activation_bits"] = bits[entry["node"]], activations[entry["node"]]
+    for entry, width in zip(report.get("groups", ()), planner.group_widths(assigned).values(), strict=False):
+        entry["bits"] = width
     return Mixed(assigned, report)
 
 
@@ -328,7 +167,8 @@ def _row(planner: Planner, assigned: Assigned, tried: Tried) -> dict[str, Any]:
         "size_bytes": tried.size_bytes,
         "predicted_sqnr_db": _in_decibels(planner.predicted(assigned)),
         "sqnr_db": tried.sqnr_db,
-        "bits": dict(assigned),
+        "bits": dict(assigned.weights),
+        "activations": planner.activation_bits(assigned),
     }
 
 
@@ -346,4 +186,4 @@ def _in_decibels(noise: float) -> float | None:
 
 def settings_of(settings: Settings, assigned: Assigned) -> Settings:
     """`settings` with the assignment in it."""
-    return replace(settings, assigned=assigned)
+    return replace(settings, assigned=assigned.weights, assigned_activations=assigned.activations)

@@ -15,7 +15,8 @@ from qcompile.errors import InputError
 from qcompile.layer_counts import count_layers, count_tables
 from qcompile.layer_latency import measure_layers
 from qcompile.load import Loaded
-from qcompile.mixed import Assigned, Mixed, Mixing, Planner, Tried, mix, settings_of
+from qcompile.mixed import Mixed, Tried, mix, settings_of
+from qcompile.planner import Assigned, Mixing, Planner
 from qcompile.sensitivity import find_sensitivities
 from qcompile.size import size_bytes
 from qcompile.survey import survey
@@ -44,12 +45,17 @@ def choose_widths(
     progress: Progress | None,
 ) -> Mixed:
     """The best assignment within the limits. loaded: is used up; compilations on the way are written to `path`."""
-    found = survey(loaded, settings, given, samples=mixing.effort.samples, loss=mixing.effort.loss)
+    offered: tuple[int, ...] = ()
+    if mixing.chooses_activations:
+        offered = tuple(sorted({*mixing.activations, *(bits for _, bits in settings.node_activations)}))
+    effort = mixing.effort
+    found = survey(loaded, settings, given, samples=effort.samples, loss=effort.loss, activations=offered)
     pinned = {bits for _, bits in settings.node_bits}
     sensitivity = find_sensitivities(
         found,
-        mixing.effort,
+        effort,
         widths=sorted({*mixing.widths, *pinned, 8}),
+        groups=offered,
         with_trace="hessian" in mixing.by,
         progress=progress,
     )
@@ -82,7 +88,7 @@ def average_bits(path: str | Path, layers: list[LayerSpec], assigned: Assigned) 
     """Stored bits of the weights that are integers in the file at `path`, and 32 for those that stay float on purpose, over their
     number."""
     counted = [(x.weights, x.weight_bits) for x in count_layers(path)] + count_tables(path)
-    chosen = dict(assigned)
+    chosen = dict(assigned.weights)
     counted = [(n, bits) for n, bits in counted if bits < FLOAT_BITS]
     counted += [(x.weights, FLOAT_BITS) for x in layers if chosen.get(x.node) == FLOAT_BITS]
     total = sum(n for n, _ in counted)

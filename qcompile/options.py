@@ -9,6 +9,7 @@ from pathlib import Path
 from qcompile.context import FLOAT_BITS, WIDTHS, Settings, WeightOnly, matches
 from qcompile.criteria import CRITERIA
 from qcompile.errors import InputError
+from qcompile.options_activations import FLOAT
 from qcompile.options_sparsity import check_float
 
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -37,8 +38,8 @@ def check_settings(settings: Settings, max_drop: float | None, has_evaluation: b
     narrow = min(settings.widths)
     if narrow < 8 and settings.opset is not None and settings.opset < 21:
         raise InputError(f"--bits {narrow} --opset {settings.opset}: packed weights need opset 21; leave --opset out")
-    if settings.weight_only is not None and (settings.node_bits or settings.node_ranges):
-        raise InputError("--activations float: bits and range of single nodes are for integer activations; leave them out")
+    if settings.weight_only is not None and (settings.node_bits or settings.node_ranges or settings.node_activations):
+        raise InputError("--activations float: bits, activations and range of nodes are for integer activations; leave them out")
     for name, offered in CHOICES.items():
         if getattr(settings, name) not in offered:
             raise InputError(f"--{name.replace('_', '-')} {getattr(settings, name)}: choose one of {', '.join(offered)}")
@@ -80,7 +81,7 @@ def check_node_names(nodes: Sequence[str], inputs: Sequence[str], settings: Sett
     for pattern in settings.exclude:
         if not any(matches(name, pattern) for name in nodes):
             raise InputError(f"--exclude {pattern}: no node of the model matches; {lists}")
-    for pattern in [p for p, _ in settings.node_bits]:
+    for pattern in [p for p, _ in (*settings.node_bits, *settings.node_activations)]:
         if not any(matches(name, pattern) for name in nodes):
             raise InputError(f"[nodes] {pattern}: no node of the model matches; {lists}")
     for pattern in [p for p, *_ in settings.node_ranges]:
@@ -108,12 +109,10 @@ def check_import(settings: Settings, quantised: bool, max_requant_loss: float | 
 def weight_only_of(
     activations: str, block: int | None, symmetric: bool | None, spelling: str | None, accuracy_level: int | None
 ) -> WeightOnly | None:
-    """The options of `--activations float`, defaults filled in; None for int8. Raises InputError where they go with nothing."""
-    if activations not in ("int8", "float"):
-        raise InputError(f"--activations {activations}: choose one of int8, float")
+    """The options of `--activations float`, defaults filled in; None for integers. Raises InputError where nothing takes them."""
     given = {"block": block, "symmetric": symmetric, "spelling": spelling, "accuracy-level": accuracy_level}
     first = next((name for name, value in given.items() if value is not None), None)
-    if activations == "int8":
+    if activations != FLOAT:
         if first is not None:
             raise InputError(f"--{first} is for weight-only files; give --bits 4 --activations float with it")
         return None

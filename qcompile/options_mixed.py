@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from qcompile.assignment import require_scipy
 from qcompile.context import FLOAT_BITS, WIDTHS, Settings
 from qcompile.errors import InputError
-from qcompile.mixed import LIMITS, UNIFORM, Mixing
+from qcompile.options_activations import INT8, activation_bits_of
+from qcompile.planner import LIMITS, UNIFORM, Mixing
 from qcompile.sensitivity import MEASURES, Effort
 
 BY = ("best", *MEASURES)
@@ -28,10 +29,13 @@ def mixing_of(
     mixed_by: str,
     pareto: int,
     effort: Effort,
+    activations: str | int = "int8",
+    activation_widths: str | Sequence[int | str] | None = None,
 ) -> Mixing | None:
     """The options of `--bits mixed`; None for other `bits`. Raises InputError where they cannot be."""
     if bits != "mixed":
         given = {"limit": limit or None, "widths": widths, "pareto": pareto or None, "max-seconds": effort.max_seconds}
+        given["activation-widths"] = activation_widths
         given |= {"workers": None if effort.workers == 1 else effort.workers, "scheduler": effort.scheduler}
         first = next((name for name, value in given.items() if value is not None), None)
         if first is not None:
@@ -47,7 +51,8 @@ def mixing_of(
     if pareto < 0:
         raise InputError(f"--pareto {pareto}: give a whole number of at least 0")
     offered = parse_widths(widths, floats="latency" in limits)
-    return Mixing(tuple(sorted(limits.items())), offered, _USUAL if mixed_by == "best" else (mixed_by,), pareto, effort)
+    read = parse_activation_widths(activation_widths, activations)
+    return Mixing(tuple(sorted(limits.items())), offered, _USUAL if mixed_by == "best" else (mixed_by,), pareto, effort, read)
 
 
 def parse_limits(limit: str | Sequence[str] | Mapping[str, float]) -> dict[str, float]:
@@ -92,6 +97,21 @@ def parse_widths(widths: str | Sequence[int | str] | None, *, floats: bool) -> t
     return tuple(sorted(set(found)))
 
 
+def parse_activation_widths(widths: str | Sequence[int | str] | None, activations: str | int) -> tuple[int, ...]:
+    """Rising widths from `4,8` or a list; that of `--activations` without any. Raises InputError."""
+    if widths is None:
+        return (activation_bits_of(activations),)
+    if activations != INT8:
+        raise InputError(f"--activations {activations} --activation-widths: leave --activations out, or give one width with it")
+    parts = [p.strip() for p in widths.split(",")] if isinstance(widths, str) else [str(p) for p in widths]
+    allowed = tuple(map(str, WIDTHS))
+    for part in parts or [""]:
+        if part not in allowed:
+            hint = "; layers become float by --widths" if part == "float" else ""
+            raise InputError(f"--activation-widths {part}: give some of {', '.join(allowed)} with commas between them{hint}")
+    return tuple(sorted({int(p) for p in parts}))
+
+
 def check_mixing(mixing: Mixing, settings: Settings, *, has_data: bool) -> None:
     """Raise InputError for what mixed precision does not go with."""
     if not has_data:
@@ -102,5 +122,7 @@ def check_mixing(mixing: Mixing, settings: Settings, *, has_data: bool) -> None:
         raise InputError("--bits mixed --format integer: no layer may stay float; give --widths without float")
     if settings.target == "tensorrt" and not set(mixing.widths) <= {4, 8, FLOAT_BITS}:
         raise InputError("--bits mixed --target tensorrt: it takes plain INT4 and INT8 weights; give --widths 4,8")
+    if settings.target == "tensorrt" and min(mixing.activations) < 8:
+        raise InputError("--activation-widths --target tensorrt: it takes no Clip on integers; leave it out")
     if settings.opset is not None and settings.opset < 21 and min(mixing.widths) < 8:
         raise InputError(f"--bits mixed --opset {settings.opset}: packed weights need opset 21; leave --opset out")

@@ -27,9 +27,11 @@ from qcompile.integer_inputs import take_integers
 from qcompile.integer_outputs import give_integers
 from qcompile.limits import Limits
 from qcompile.load import Loaded, load_model
+from qcompile.mixed import settings_of
 from qcompile.mixing import Rehearsal, choose_widths, finish
 from qcompile.names import names_of, shorten_names
 from qcompile.options import check_import, check_node_names, check_settings, output_path, weight_only_of
+from qcompile.options_activations import activation_bits_of, check_activations, check_calibrated
 from qcompile.options_mixed import check_mixing, mixing_of, whole_bits
 from qcompile.options_sparsity import check_sparsity, pruning_of
 from qcompile.passes import passes_for
@@ -61,6 +63,7 @@ def compile_model(
     bits: int | str = 8,
     limit: str | Sequence[str] | Mapping[str, float] = (),
     widths: str | Sequence[int | str] | None = None,
+    activation_widths: str | Sequence[int | str] | None = None,
     mixed_by: str = "best",
     pareto: int = 0,
     loss: str = "kl",
@@ -84,7 +87,7 @@ def compile_model(
     inline: bool = False,
     io: str = "float",
     kernels: str = "table",
-    activations: str = "int8",
+    activations: str | int = "int8",
     block: int | None = None,
     symmetric: bool | None = None,
     spelling: str | None = None,
@@ -114,8 +117,10 @@ def compile_model(
     data, eval_data: a SPEC (see `qcompile.data`) or a Dataset; without a limit `eval_data` never changes the written bytes.
     inline, io: in format integer, functions are written out; io "integer": inputs and outputs are integers too.
     kernels: in the formats qoperator and integer, GELU and the exponentials of Softmax by table, or ibert: by its polynomials.
-    activations: int8, or float for weight-only INT4, whose options are block, symmetric, spelling and accuracy_level.
-    bits: 8, 6, 5, 4, 3, 2; 32 to quantise nothing; "mixed": each layer's own, of `widths`, under every `limit` ("avg-bits=5", or
+    activations: int8, or 6, 5, 4, 3, 2 bits; float for weight-only INT4, whose options are block, symmetric, spelling and
+    accuracy_level.
+    bits: 8, 6, 5, 4, 3, 2; 32 to quantise nothing; "mixed": each layer's own, of `widths` (its activations' of
+    `activation_widths`), under every `limit` ("avg-bits=5", or
     a mapping): the best by the measures that `mixed_by` names (best | noise | kl | hessian), see `qcompile.mixed`; pareto: points
     of the front to compile as well; loss, max_seconds: of the Hessian's traces; workers, scheduler: where they are estimated.
     sparsity: "2:4" (N:M along the input channels) or a share of zeros such as 0.5, chosen
@@ -132,7 +137,7 @@ def compile_model(
     it keeps its scales and integers where they can be exact, and needs no `data`.
     compare_targets: where target is `any`, effort is not `fast` and there is `eval_data`, also say what `vnni` would have given.
     diagnose: measure each layer's part in the error as well (the report's `layers`); the written bytes stay the same.
-    nodes: bits, float or range of single nodes, by name or pattern, as a recipe's [nodes] (see `qcompile.recipe`).
+    nodes: bits, activations, float or range of single nodes, by name or pattern, as a recipe's [nodes] (see `qcompile.recipe`).
     Returns the written path and the report. Raises InputError, ModelError or DataError (exit status 2), PassError (1), and
     LimitError (3) where a limit is broken: the file is then kept with `.failed` before its suffix.
 
@@ -143,7 +148,8 @@ def compile_model(
     start = time.perf_counter()
     single = node_settings(nodes or {})
     effort_of_traces = Effort(loss=loss, tolerance=0.2, probes=64, max_seconds=max_seconds, workers=workers, scheduler=scheduler)
-    mixing = mixing_of(bits, limit, widths, mixed_by, pareto, effort_of_traces)
+    narrow = activation_bits_of(activations)
+    mixing = mixing_of(bits, limit, widths, mixed_by, pareto, effort_of_traces, activations, activation_widths)
     settings = Settings(
         bits=8 if mixing is not None else whole_bits(bits),
         format=format,
@@ -153,6 +159,8 @@ def compile_model(
         exclude=(*exclude, *single.exclude),
         node_bits=single.bits,
         node_ranges=single.ranges,
+        node_activations=single.activations,
+        activation_bits=narrow if mixing is None else max(mixing.activations),
         bias_correction=bias_correction,
         inputs_as=inputs_as,
         opset=opset,
@@ -160,7 +168,7 @@ def compile_model(
         inline=inline,
         io=io,
         kernels=kernels,
-        weight_only=weight_only_of(activations, block, symmetric, spelling, accuracy_level),
+        weight_only=weight_only_of(str(activations), block, symmetric, spelling, accuracy_level),
         sparsity=None if sparsity is None else str(sparsity),
         criterion=criterion,
         sparsity_scope=sparsity_scope,
@@ -169,6 +177,7 @@ def compile_model(
     )
     if mixing is not None:
         check_mixing(mixing, settings, has_data=data is not None)
+    check_activations(settings)
     check_settings(settings, max_drop, eval_data is not None, min_agreement)
     check_sparsity(settings, data is not None)
     limits = Limits(max_drop, min_agreement, on_inconclusive, max_requant_loss)
@@ -179,6 +188,7 @@ def compile_model(
         raise InputError("--bits mixed: the model already holds Q/DQ, whose integers are kept; give the float model")
     check_import(settings, loaded.quantised, max_requant_loss)
     given = open_data(loaded, data, eval_data, samples, preprocess, settings)
+    check_calibrated(settings, given.kind)
     if max_drop is not None and given.evaluation is not None and not given.evaluation.has_labels:
         raise DataError("--max-drop compares with the true answers; give --eval data with labels")
     check_node_names([n.name for n in loaded.graph.nodes], [v.name for v in loaded.graph.inputs], settings)
@@ -189,7 +199,7 @@ def compile_model(
         built = compiler.build(loaded, settings, dump)
     else:
         mixed = choose_widths(source, path, loaded, settings, mixing, given, compiler.rehearsal(), progress)
-        built = compiler.build(load_model(source), replace(settings, assigned=mixed.assigned), dump)
+        built = compiler.build(load_model(source), settings_of(settings, mixed.assigned), dump)
     try:
         if mixed is not None and mixing is not None:
             finish(mixed, mixing, source, path)
@@ -199,7 +209,8 @@ def compile_model(
             # Two samples at least: else there is nothing left to judge on. What mixed precision chose keeps its own limits.
             may_raise = mixed is None and sum(1 for _ in islice(given.evaluation, 2)) == 2
             to_float = format != "integer"
-            found = search(compiler.trials(built, chosen_by), limits, settings.bits, may_raise=may_raise, to_float=to_float)
+            least = min(settings.bits, settings.least_activations) if settings.narrow_activations else settings.bits
+            found = search(compiler.trials(built, chosen_by), limits, least, may_raise=may_raise, to_float=to_float)
             built = found.best.built
             built.loaded.graph.save(path)
             given = replace(given, evaluation=judged_on if found.moves else given.evaluation)
@@ -222,6 +233,7 @@ def compile_model(
         ):
             again = partial(compile_model, source, format=format, target=FREE, data=data, samples=samples, eval_data=eval_data)
             again = partial(again, bits=bits, ranges=ranges, effort=effort, exclude=exclude, opset=opset, inputs_as=inputs_as)
+            again = partial(again, activations=narrow)
             again = partial(again, sparsity=sparsity, criterion=criterion, sparsity_scope=sparsity_scope)
             again = partial(again, prune_channels=prune_channels, prune_criterion=prune_criterion, prune_budget=prune_budget)
             again = partial(again, channel_multiple=channel_multiple, keep=keep, refit=refit)

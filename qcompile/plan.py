@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 
 from qcompile.graph import Const, Node
+from qcompile.qparams import ActivationType
 
 
 @dataclass(eq=False)
@@ -15,7 +16,7 @@ class ScaleClass:
 
     tensors: their names in the float graph. low, high: the calibrated range. ceiling, floor: bounds that the range carries in
     place of a folded Relu/Clip (None: none); where the scale reaches past them all the same, Clips on integers stand (`clamped`).
-    given: the range is a user's.
+    given: the range is a user's. bits: how many of the 8 its integers use; below 8 a Clip stands behind every QuantizeLinear.
     """
 
     index: int
@@ -30,6 +31,11 @@ class ScaleClass:
     zero_const: Const | None = None
     clamped: bool = False
     given: bool = False
+    bits: int = 8
+
+    def kind(self, whole: ActivationType) -> ActivationType:
+        """The integers that this class uses of `whole`, the target's type."""
+        return whole.narrowed(self.bits)
 
 
 @dataclass(eq=False)
@@ -91,6 +97,18 @@ class LinearSite:
 
 
 @dataclass(eq=False)
+class WidthGroup:
+    """Classes whose activations have one width, because Adds join them, and the integer nodes that read them (by name).
+
+    fixed: why they keep 8 bits whatever is asked for; None where they do not.
+    """
+
+    classes: list[ScaleClass]
+    readers: list[str] = field(default_factory=list)
+    fixed: str | None = None
+
+
+@dataclass(eq=False)
 class ClampSite:
     """A Relu or Clip done on integers (`node` is a Clip) where the class's range reaches past its bounds."""
 
@@ -104,10 +122,11 @@ class ClampSite:
 class LayerRecord:
     """What the diagnosis found of one integer Conv or Gemm `node`.
 
-    bits, weights: the width and the number of its weights. sqnr_in_db, sqnr_out_db: its input and output in the quantised model
-    against the float model's same tensors; own_db: its output where everything before it is float, so what this layer alone
-    costs. None stands for no error at all. low, high: the range of its input. saturation: the share of its output's integers
-    (its input's where it ends in float) at an end of the range that clips. method, gain_db: see `LinearSite`.
+    bits, weights: the width and the number of its weights; activation_bits: the width of what it reads. sqnr_in_db, sqnr_out_db:
+    its input and output in the quantised model against the float model's same tensors; own_db: its output where everything before
+    it is float, so what this layer alone costs. None stands for no error at all. low, high: the range of its input. saturation:
+    the share of its output's integers (its input's where it ends in float) at an end of the range that clips. method, gain_db:
+    see `LinearSite`.
     """
 
     node: str
@@ -122,6 +141,7 @@ class LayerRecord:
     low: float
     high: float
     saturation: float
+    activation_bits: int = 8
 
     def as_json(self) -> dict[str, object]:
         """One entry of the report's `layers`."""
@@ -140,6 +160,7 @@ class Plan:
     pools: list[PoolSite] = field(default_factory=list)
     products: list[ProductSite] = field(default_factory=list)
     clamps: list[ClampSite] = field(default_factory=list)
+    groups: list[WidthGroup] = field(default_factory=list)
     units: dict[str, float] = field(default_factory=dict)  # of tensors in wide sums, what one step is worth
     searched: bool = False
     refined: bool = False

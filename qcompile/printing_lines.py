@@ -56,7 +56,9 @@ def worst_lines(report: Mapping[str, Any]) -> Iterable[str]:
     noisy = [layer for layer in report.get("layers") or () if layer["own_db"] is not None]
     for layer in sorted(noisy, key=lambda found: float(found["own_db"]))[:_WORST]:
         at_end = f"{decibels(layer['sqnr_out_db'])} dB with all before it"
-        yield f"costs most: {layer['op']} {layer['node']} ({layer['bits']} bits): {layer['own_db']:.2f} dB alone, {at_end}"
+        read = layer.get("activation_bits", 8)  # reports of earlier versions do not tell
+        bits = f"{layer['bits']} bits" + (f", reads {read}" if read != 8 else "")
+        yield f"costs most: {layer['op']} {layer['node']} ({bits}): {layer['own_db']:.2f} dB alone, {at_end}"
 
 
 def raised_lines(report: Mapping[str, Any]) -> Iterable[str]:
@@ -74,7 +76,9 @@ def raised_line(move: Mapping[str, Any]) -> str:
     """One layer raised to hold a limit, and what that cost."""
     width = "float" if move["to_bits"] == 32 else f"{move['to_bits']} bits"
     why = f"{decibels(move['own_db'])} dB alone, for {bytes_text(move['bytes_added'])}"
-    return f"raised: {move['op']} {move['node']} from {move['from_bits']} bits to {width}: {why}"
+    read = move.get("from_activation_bits", 8)  # reports of earlier versions do not tell
+    before = f"{move['from_bits']} bits" + (f", reading {read}," if read != 8 else "")
+    return f"raised: {move['op']} {move['node']} from {before} to {width}: {why}"
 
 
 def _leftover_line(op: str, reason: str, nodes: list[str]) -> str:

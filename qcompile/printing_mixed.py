@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -22,7 +22,23 @@ def print_sensitivity(found: Mapping[str, Any], out: Console) -> None:
     for layer in found["layers"]:
         table.add_row(layer["node"], str(layer["weights"]), *_trace(layer["trace"]), *(f"{c['kl']:.2e}" for c in layer["widths"]))
     out.print(table)
+    if found.get("groups"):
+        out.print(_groups_table(found["groups"]))
     out.print(_correlation(found))
+
+
+def _groups_table(groups: Sequence[Mapping[str, Any]]) -> Table:
+    """One row a group of activations of one width: who reads it, and the KL of each width where it alone has that."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    table.add_column("activations of one width")
+    table.add_column("tensors", justify="right")
+    table.add_column("read by", justify="right")
+    for cost in groups[0]["widths"]:
+        table.add_column(f"KL at {cost['bits']}", justify="right")
+    for group in groups:
+        first, counts = group["tensors"][0], (len(group["tensors"]), len(group["read_by"]))
+        table.add_row(first, *map(str, counts), *(f"{c['kl']:.2e}" for c in group["widths"]))
+    return table
 
 
 def mixed_lines(report: Mapping[str, Any]) -> Iterator[str]:
@@ -36,10 +52,27 @@ def mixed_lines(report: Mapping[str, Any]) -> Iterator[str]:
         counts[layer["bits"]] = counts.get(layer["bits"], 0) + 1
     spread = ", ".join(f"{n} x {'float' if b == _FLOAT else f'{b} bits'}" for b, n in sorted(counts.items()))
     yield f"mixed precision ({limits}): {mixed['average_bits']:.3f} bits a weight, by {mixed['by']}; layers: {spread}"
+    yield from _activation_lines(mixed)
     for row in mixed["candidates"]:
         reached = "no error" if row["sqnr_db"] is None else f"{row['sqnr_db']:.2f} dB"
         yield f"  by {row['by']}: {row['average_bits']:.3f} bits, {reached} on calibration samples held out"
     yield _correlation(mixed)
+
+
+def _activation_lines(mixed: Mapping[str, Any]) -> Iterator[str]:
+    """Widths of what layers read, and which layers had to share one."""
+    counts: dict[int, int] = {}
+    for layer in mixed["layers"]:
+        counts[layer["activation_bits"]] = counts.get(layer["activation_bits"], 0) + 1
+    if set(counts) - {8, _FLOAT}:
+        spread = ", ".join(f"{n} x {'float' if b == _FLOAT else f'{b} bits'}" for b, n in sorted(counts.items()))
+        yield f"activations that layers read: {spread}"
+    layers = {layer["node"] for layer in mixed["layers"]}
+    for group in mixed.get("groups", ()):
+        tied = [name for name in group["read_by"] if name in layers]
+        if len(tied) > 1:
+            more = f" ... {tied[-1]}" if len(tied) > 2 else f", {tied[-1]}"
+            yield f"  one width, {group['bits']} bits, for {len(tied)} layers: {tied[0]}{more}"
 
 
 def _correlation(found: Mapping[str, Any]) -> str:

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
+from operator import is_not
 from typing import Any
 
 import numpy as np
-from onnx import ModelProto
+from onnx import ModelProto, TensorProto, helper
 
 from qcompile.cut_layer import CutLayer, LayerSpec
 from qcompile.divergence import Divergence, noise
-from qcompile.graph import Array, Graph
+from qcompile.graph import Array, Graph, Value
 from qcompile.sessions import graph_session
+from qcompile.source_groups import SourceGroup
 from qcompile.widths import narrow_layer, narrow_source
 
 _LARGEST_STEP = 2.0**-5  # of the weights' root mean square
@@ -25,6 +27,8 @@ _SMALLEST_STEP = 2.0**-10
 _STEP_PROBES = 4
 _PROBED = 64  # samples at most that a probe runs on
 _STEP_TOLERANCE = 0.05
+_STEP = ("scale", "low", "high")
+_ROUNDED = "qcompile_rounded_"  # inputs that say how
 
 
 @dataclass
@@ -38,10 +42,11 @@ class Study:
     loss: str = "kl"
     seed: int = 0
     candidates: int = 4
+    groups: list[SourceGroup] = field(default_factory=list)
     _state: dict[int, _Layer] = field(default_factory=dict, repr=False, compare=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("model", "feeds", "labels", "layers", "loss", "seed", "candidates")
+        kept = ("model", "feeds", "labels", "layers", "loss", "seed", "candidates", "groups")
         return {**{name: getattr(self, name) for name in kept}, "_state": {}}
 
     @cached_property
@@ -184,3 +189,43 @@ def measure_sources(study: Study, layer: int, widths: tuple[int, ...]) -> list[W
         kl, lost = state.distance(source=rounded)
         found.append(WidthCost(bits, squared, kl, lost))
     return found
+
+
+def measure_group(study: Study, group: int, widths: tuple[int, ...]) -> list[WidthCost]:
+    """The model with only the tensors of one group rounded to each of `widths`, on the samples that others are judged on.
+
+    `squared` is 0: it is not asked for.
+    """
+    source = study.groups[group]
+    graph = study.graph.copy()
+    values = {v.name: v for v in graph.values()}
+    for index, name in enumerate(source.tensors):
+        _round_to(graph, values[name], index)
+    session, plain = graph_session(graph, threads=1), graph_session(study.graph, threads=1)
+    held_out = range(1 if len(study.feeds) > 1 else 0, len(study.feeds), 2)
+    clean = [plain.run(study.feeds[index]) for index in held_out]
+    found = []
+    for bits in widths:
+        steps = {f"{_ROUNDED}{field}{i}": getattr(s, field) for i, s in enumerate(source.steps[bits]) for field in _STEP}
+        given = {name: np.asarray(value, np.float32) for name, value in steps.items()}
+        kl = energy = signal = 0.0
+        rows = 0
+        for index, wanted in zip(held_out, clean, strict=True):
+            got = session.run({**study.feeds[index], **given})
+            nats, count = study.divergence.kl(wanted, got)
+            lost, whole = noise(wanted, got)
+            kl, rows, energy, signal = kl + nats, rows + count, energy + lost, signal + whole
+        found.append(WidthCost(bits, 0.0, kl / max(rows, 1), energy / max(signal, 1e-300)))
+    return found
+
+
+def _round_to(graph: Graph, tensor: Value, index: int) -> None:
+    """Let everybody read `tensor` rounded; the step and the ends are inputs of the graph."""
+    ends = {field: Value(f"{_ROUNDED}{field}{index}", helper.make_tensor_type_proto(TensorProto.FLOAT, [])) for field in _STEP}
+    graph.inputs += list(ends.values())
+    divided = graph.node("Div", [tensor, ends["scale"]], [f"{tensor.name}_steps"])
+    whole = graph.node("Round", divided.outputs, [f"{tensor.name}_whole"])
+    kept = graph.node("Clip", [*whole.outputs, ends["low"], ends["high"]], [f"{tensor.name}_kept"])
+    rounded = graph.node("Mul", [*kept.outputs, ends["scale"]], [f"{tensor.name}_rounded"])
+    graph.replace_uses(tensor, rounded.outputs[0], only=partial(is_not, divided))
+    graph.sort()

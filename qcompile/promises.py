@@ -17,6 +17,7 @@ from qcompile.runtime import Array, Feeds, Optimisation
 from qcompile.sessions import graph_session
 
 _KERNEL_CHOICE = 2e-6
+_ROUGH_DB = -30.0
 _VISIBLE = 1e-5  # of a tensor's size: what marks the place of a broken promise, above float32 noise
 
 Outputs = list[dict[str, Array]]
@@ -66,10 +67,12 @@ class Verifier:
         if self._copy is None:
             self._copy = graph.copy()
 
-    def after(self, graph: Graph, step: Pass, finished: bool) -> float | None:
+    def after(self, graph: Graph, step: Pass, finished: bool, rough: bool = False) -> float | None:
         """Check the promise of `step`; returns the SQNR in dB against the model before it (None: no difference).
 
-        `finished`: whether every weight is integer, so that onnxruntime may fuse Q/DQ. Raises PassError naming pass and output.
+        `finished`: whether every weight is integer, so that onnxruntime may fuse Q/DQ; `rough`: whether so few bits were asked
+        for that a Lossy pass may leave little but noise, which is reported and no fault of the pass. Raises PassError naming pass
+        and output.
         """
         _check(graph, step)
         if not self.signature.allows(Signature.of(graph)):
@@ -90,9 +93,10 @@ class Verifier:
         self._copy = None
         ratio = sqnr_db(self._fast, now)
         kept = sqnr_db(self._original, now) if isinstance(step.keeps, Lossy) else None
-        if isinstance(step.keeps, Lossy) and kept is not None and not kept > step.keeps.least_sqnr_db:
+        least = step.keeps.least_sqnr_db if isinstance(step.keeps, Lossy) else -np.inf
+        if kept is not None and not kept > (min(least, _ROUGH_DB) if rough else least):
             raise PassError(
-                f"pass '{step.name}' left {kept:.1f} dB of the float model's signal, less than {step.keeps.least_sqnr_db:g} dB; "
+                f"pass '{step.name}' left {kept:.1f} dB of the float model's signal, less than {least:g} dB; "
                 "give representative --data, or keep the worst nodes float with --exclude"
             )
         self._fast = now

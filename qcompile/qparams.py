@@ -6,7 +6,7 @@ Everything here is numpy on plain arrays; no graph. A weight matrix is `[channel
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,12 @@ class ActivationType:
     high: int
     dtype: type[np.uint8] | type[np.int8]
     symmetric: bool
+
+    def narrowed(self, bits: int) -> ActivationType:
+        """The same type with the 2^bits integers nearest to its own zero: 0 to 2^bits - 1, or -2^(bits-1) to 2^(bits-1) - 1."""
+        if bits == 8:
+            return self
+        return replace(self, low=self.low >> 8 - bits, high=self.high >> 8 - bits)
 
 
 ACTIVATIONS: dict[str, ActivationType] = {

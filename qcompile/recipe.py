@@ -13,6 +13,7 @@
     [nodes."/head/Gemm"]
     float = true             # stays float
     [nodes."/conv3/Conv"]
+    activations = 4          # bits of what it reads: 8, 6, 5, 4, 3 or 2
     range = [-1.0, 6.0]      # of its output (a Relu behind it included), or of the graph input of that name
 
 Keys are the names of the options, with `-` or `_`; paths are relative to the working directory. A report holds the same under
@@ -41,7 +42,7 @@ else:
 
 DEFAULT = Path("qcompile.toml")
 TABLES = ("compile", "check", "nodes")
-_NODE_KEYS = ("bits", "float", "range")
+_NODE_KEYS = ("bits", "activations", "float", "range")
 _RENAMED = {"eval": "eval_data"}
 _NO_RECIPE = {
     "dump_passes",
@@ -58,11 +59,13 @@ _NEGATED = {"no-bias-correction": "bias_correction", "no-latency": "latency"}
 
 @dataclass(frozen=True)
 class NodeSettings:
-    """What [nodes] says, as `Settings` takes it: (pattern, bits), patterns that stay float, (pattern, low, high)."""
+    """What [nodes] says, as `Settings` takes it: (pattern, bits) of weights and of activations that are read, patterns that stay
+    float, (pattern, low, high)."""
 
     bits: tuple[tuple[str, int], ...] = ()
     exclude: tuple[str, ...] = ()
     ranges: tuple[tuple[str, float, float], ...] = ()
+    activations: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -119,25 +122,26 @@ def recipe_of(tables: Any, origin: str) -> Recipe:
 
 def node_settings(nodes: Mapping[str, Any], origin: str = "nodes") -> NodeSettings:
     """What [nodes] asks for. Raises InputError for unknown keys and for values that no node can have."""
-    bits, exclude, ranges = [], [], []
+    bits: list[tuple[str, int]] = []
+    activations: list[tuple[str, int]] = []
+    exclude, ranges = [], []
     for pattern, table in nodes.items():
         where = f'{origin}: [nodes."{pattern}"]'
         if not isinstance(table, Mapping) or not table:
-            raise InputError(f"{where}: give bits, float or range")
+            raise InputError(f"{where}: give bits, activations, float or range")
         _check_keys(table, _NODE_KEYS, f"{where}: {{!r}} is unknown")
         if "float" in table:
             if not isinstance(table["float"], bool):
                 raise InputError(f"{where}: float is {table['float']!r}; give true or false")
             if table["float"] and len(table) > 1:
-                raise InputError(f"{where}: float goes with neither bits nor range")
+                raise InputError(f"{where}: float goes with neither bits, activations nor range")
             exclude += [pattern] if table["float"] else []
-        if "bits" in table:
-            if table["bits"] not in WIDTHS or isinstance(table["bits"], bool):
-                raise InputError(f"{where}: bits is {table['bits']!r}; give one of {', '.join(map(str, WIDTHS[::-1]))}")
-            bits.append((pattern, int(table["bits"])))
+        for key, found in (("bits", bits), ("activations", activations)):
+            if key in table:
+                found.append((pattern, _width(table[key], f"{where}: {key}")))
         if "range" in table:
             ranges.append((pattern, *_range(table["range"], where)))
-    return NodeSettings(tuple(bits), tuple(exclude), tuple(ranges))
+    return NodeSettings(tuple(bits), tuple(exclude), tuple(ranges), tuple(activations))
 
 
 def converted(table: Mapping[str, Any], convert: Mapping[str, Callable[[Any], Any]], origin: str, name: str) -> dict[str, Any]:
@@ -161,6 +165,13 @@ def _check_keys(given: Iterable[Any], known: Iterable[str], message: str) -> Non
         if _key(key) not in names:
             hint = closest(_key(key), names) or f"; known are {', '.join(sorted(names))}"
             raise InputError(message.format(str(key)) + hint)
+
+
+def _width(value: Any, where: str) -> int:
+    if value not in WIDTHS or isinstance(value, bool):
+        hint = "; for a layer that stays float write float = true" if value == "float" else ""
+        raise InputError(f"{where} is {value!r}; give one of {', '.join(map(str, WIDTHS[::-1]))}{hint}")
+    return int(value)
 
 
 def _range(value: Any, where: str) -> tuple[float, float]:

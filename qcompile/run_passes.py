@@ -45,7 +45,8 @@ def _run_pass(step: Pass, graph: Graph, context: Context, verifier: Verifier) ->
     seconds = time.perf_counter() - start
     ratio = None
     if report.rewrites:
-        ratio = verifier.after(graph, step, finished=_finished(context))
+        rough = context.settings.narrow_activations
+        ratio = verifier.after(graph, step, finished=_finished(context), rough=rough)
         again = _apply(step, graph, context)
         if again.rewrites:
             raise PassError(f"pass '{step.name}' found {again.rewrites} more rewrites when run twice; please report this model")

@@ -24,7 +24,8 @@ from qcompile.divergence import LOSSES
 from qcompile.errors import InputError
 from qcompile.executors import Workers, result_of, workers
 from qcompile.hessian import Trace, traces
-from qcompile.probing import Study, WidthCost, measure_sources, measure_widths
+from qcompile.probing import Study, WidthCost, measure_group, measure_sources, measure_widths
+from qcompile.source_groups import SourceGroup
 from qcompile.survey import Survey
 
 SAMPLES = 128
@@ -105,12 +106,34 @@ class LayerSensitivity:
 
 
 @dataclass(frozen=True)
+class GroupSensitivity:
+    """A group of activations that have one width. costs: measured, by width; none where there was nothing to choose."""
+
+    source: SourceGroup
+    costs: tuple[WidthCost, ...] = ()
+
+    @staticmethod
+    def cost(cost: WidthCost, measure: str) -> float:
+        """One of `MEASURES`. For `hessian` twice the measured KL, which is what Omega predicts: d'Hd = 2 KL."""
+        return {"noise": cost.noise, "kl": cost.kl, "hessian": 2 * cost.kl}[measure]
+
+    def as_json(self) -> dict[str, Any]:
+        """One entry of the report."""
+        return {
+            "tensors": list(self.source.tensors),
+            "read_by": list(self.source.readers),
+            "widths": [{"bits": c.bits, "kl": c.kl, "noise": c.noise} for c in self.costs],
+        }
+
+
+@dataclass(frozen=True)
 class Sensitivity:
-    """All layers, in graph order. samples: how many were used; loss: whose Hessian."""
+    """All layers, in graph order. samples: how many were used; loss: whose Hessian. groups: of activations that layers read."""
 
     layers: tuple[LayerSensitivity, ...]
     samples: int
     loss: str
+    groups: tuple[GroupSensitivity, ...] = ()
 
     def rank_correlation(self) -> dict[str, float | None]:
         """Spearman's, between Omega and the measured KL over layers: at each width and over `all` pairs of layer and width."""
@@ -130,6 +153,7 @@ class Sensitivity:
             "samples": self.samples,
             "rank_correlation": self.rank_correlation(),
             "layers": [layer.as_json() for layer in self.layers],
+            **({"groups": [g.as_json() for g in self.groups]} if any(g.costs for g in self.groups) else {}),
         }
 
     def as_csv(self) -> str:
@@ -172,10 +196,14 @@ def find_sensitivities(
     *,
     widths: Sequence[int] = WIDTHS,
     activations: Sequence[int] = (),
+    groups: Sequence[int] = (),
     with_trace: bool = True,
     progress: Progress | None = None,
 ) -> Sensitivity:
-    """Measure every layer of the survey at each of `widths`, its input at each of `activations`, and estimate its trace."""
+    """Measure every layer of the survey at each of `widths`, its input at each of `activations`, and estimate its trace.
+
+    groups: widths at which groups of activations are measured; the survey must know them.
+    """
     study = found.study
     count = len(study.layers)
     with workers(study, effort.workers, effort.scheduler) as pool:
@@ -183,6 +211,9 @@ def find_sensitivities(
         inputs = (
             _gather(pool, measure_sources, count, tuple(activations), progress) if activations else [[] for _ in range(count)]
         )
+        together: list[list[WidthCost]] = [[] for _ in study.groups]
+        if groups:
+            together = _gather(pool, measure_group, len(study.groups), tuple(groups), progress, "measuring activations")
         known: list[Trace | None] = [None] * count
         if with_trace:
             known = traces(
@@ -197,7 +228,8 @@ def find_sensitivities(
         LayerSensitivity(spec, macs, trace, tuple(costs), tuple(sources))
         for spec, macs, trace, costs, sources in zip(study.layers, found.macs, known, measured, inputs, strict=True)
     ]
-    return Sensitivity(tuple(layers), len(study.feeds), effort.loss)
+    sources = tuple(GroupSensitivity(g, tuple(costs)) for g, costs in zip(study.groups, together, strict=True))
+    return Sensitivity(tuple(layers), len(study.feeds), effort.loss, sources)
 
 
 def _gather(
@@ -206,12 +238,13 @@ def _gather(
     count: int,
     widths: tuple[int, ...],
     progress: Progress | None,
+    stage: str = "measuring layers",
 ) -> list[list[WidthCost]]:
     """`task` of every layer, in order; layers run side by side where there are workers."""
     ahead = [pool.submit(task, index, widths) for index in range(count)] if pool.count > 1 else []
     found = []
     for index in range(count):
         if progress is not None:
-            progress("measuring layers", index, count)
+            progress(stage, index, count)
         found.append(result_of(ahead[index] if ahead else pool.submit(task, index, widths)))
     return found

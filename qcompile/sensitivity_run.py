@@ -43,8 +43,9 @@ def model_sensitivity(
 ) -> tuple[Sensitivity, dict[str, Any]]:
     """Measure every layer that a compilation would quantise; returns the table and its JSON report.
 
-    widths: of weights, as `--widths`; activations: measure each layer's input at 4, 6 and 8 bits too. loss: kl | noise | labels,
-    whose Hessian; tolerance: half the trace's 95 % interval over it, at which a layer is done; probes: the most for a layer.
+    widths: of weights, as `--widths`; activations: measure each layer's input at 4, 6 and 8 bits too, and each group of
+    activations that a compilation would give one width. loss: kl | noise | labels, whose Hessian; tolerance: half the trace's
+    95 % interval over it, at which a layer is done; probes: the most for a layer.
     workers, scheduler: local processes, or a Dask cluster; they change no number. Raises InputError, ModelError, DataError.
     """
     start = time.perf_counter()
@@ -61,12 +62,14 @@ def model_sensitivity(
     if loss == "labels" and not given.calibration.has_labels:
         raise DataError("--loss labels needs labelled samples; give --data with labels, or use --loss kl")
     check_node_names([n.name for n in loaded.graph.nodes], [v.name for v in loaded.graph.inputs], settings)
-    found = survey(loaded, settings, given, samples=samples, loss=loss)
+    read = ACTIVATION_WIDTHS if activations else ()
+    found = survey(loaded, settings, given, samples=samples, loss=loss, activations=read)
     measured = find_sensitivities(
         found,
         effort,
         widths=offered,
-        activations=ACTIVATION_WIDTHS if activations else (),
+        activations=read,
+        groups=read,
         with_trace=with_trace,
         progress=progress,
     )

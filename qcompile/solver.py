@@ -128,6 +128,7 @@ def _component(adds: Sequence[AddSite], start: AddSite) -> set[ScaleClass]:
 
 
 def _desired(place: ScaleClass, kind: ActivationType) -> np.float32:
+    kind = place.kind(kind)
     scale, zero_point = activation_params(place.low, place.high, kind)
     if place.ceiling is not None and math.isfinite(place.ceiling):
         # A folded Clip holds only while the largest integer stays within half a step of its bound.
@@ -142,13 +143,13 @@ def reaches_past(place: ScaleClass, kind: ActivationType) -> bool:
     """
     if place.ceiling is None or not math.isfinite(place.ceiling):
         return False
-    return (kind.high - place.zero_point) * float(place.scale) > place.ceiling + 0.5001 * float(place.scale)
+    return (place.kind(kind).high - place.zero_point) * float(place.scale) > place.ceiling + 0.5001 * float(place.scale)
 
 
 def _zero_point(place: ScaleClass, kind: ActivationType) -> int:
     if kind.symmetric:
         return 0
-    low = min(place.low, 0.0)
+    kind, low = place.kind(kind), min(place.low, 0.0)
     return int(np.clip(np.rint(kind.low - low / float(place.scale)), kind.low, kind.high))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -20,6 +21,7 @@ from qcompile.passes.quantise import Quantise
 from qcompile.passes.quantise_embeddings import table_refusal
 from qcompile.probing import Study
 from qcompile.run_passes import run_passes
+from qcompile.source_groups import source_groups
 
 _CHECK_FEEDS = 2
 _SAMPLE_BYTES = 64 << 20
@@ -33,10 +35,13 @@ class Survey:
     macs: tuple[int, ...]
 
 
-def survey(loaded: Loaded, settings: Settings, data: Data, *, samples: int, loss: str = "kl") -> Survey:
+def survey(
+    loaded: Loaded, settings: Settings, data: Data, *, samples: int, loss: str = "kl", activations: Sequence[int] = ()
+) -> Survey:
     """Run the passes up to the insertion of Q/DQ on `loaded` (used up) and list what will be quantised.
 
-    samples: how many of the calibration samples the study keeps at most, spread evenly. Raises ModelError, DataError.
+    samples: how many of the calibration samples the study keeps at most, spread evenly; activations: the widths that groups of
+    activations are to be measured at. Raises ModelError, DataError.
     """
     context = Context(settings, calibration=lambda: (s.feeds for s in data.calibration))
     steps = passes_for("real")
@@ -54,6 +59,7 @@ def survey(loaded: Loaded, settings: Settings, data: Data, *, samples: int, loss
         layers,
         loss,
         settings.seed,
+        groups=source_groups(original, context, [x.node for x in layers], activations),
     )
     by_name = {n.name: n for n in original.nodes}
     linear = [by_name[x.node] for x in layers if x.kind == "linear"]

@@ -123,3 +123,56 @@ def test_what_native_code_prints_goes_nowhere(capfd: pytest.CaptureFixture[str])
         ctypes.CDLL(None).puts(b"stray")
     print("wanted")
     assert capfd.readouterr().out == "wanted\n"
+
+
+@st.composite
+def linked_programs(draw: st.DrawFn) -> tuple[list[Options], dict[str, float], dict[str, list[str]], list[list[str]]]:
+    """Layers with (weights, activations), float among them, and one or two groups of activations."""
+    count = draw(st.integers(2, 4))
+    whole = st.integers(0, 50)
+    pairs = [Choice(w, a) for w in (2, 8) for a in (4, 8)]
+    layers = []
+    for i in range(count):
+        choices = [*pairs, Choice(32, 32)] if draw(st.booleans()) else pairs
+        costs = tuple(float(draw(whole)) for _ in choices)
+        layers.append(Options(f"l{i}", tuple(choices), costs, {"bops": tuple(float(c.weights * c.activations) for c in choices)}))
+    split = draw(st.integers(1, count))
+    links = {
+        name: members
+        for name, members in (("g", [f"l{i}" for i in range(split)]), ("h", [f"l{i}" for i in range(split, count)]))
+        if members
+    }
+    for name in links:
+        layers.append(
+            Options(name, (Choice(32, 4), Choice(32, 8)), tuple(float(draw(whole)) for _ in "48"), {"bops": (0.0, 0.0)})
+        )
+    ties = [["l0", f"l{count - 1}"]] if draw(st.booleans()) else []
+    return layers, {"bops": float(draw(st.integers(0, 70 * count)))}, links, ties
+
+
+@settings(max_examples=150, deadline=None)
+@given(linked_programs())
+def test_groups_of_activations_against_brute_force(
+    program: tuple[list[Options], dict[str, float], dict[str, list[str]], list[list[str]]],
+) -> None:
+    layers, limits, links, ties = program
+    group_of = {name: group for group, members in links.items() for name in members}
+    best = None
+    for picked in itertools.product(*(x.choices for x in layers)):
+        chosen = dict(zip((x.layer for x in layers), picked, strict=True))
+        if any(chosen[n].activations not in (32, chosen[g].activations) for n, g in group_of.items()):
+            continue
+        if any(len({chosen[n].weights for n in group}) > 1 for group in ties):
+            continue
+        if sum(x.uses["bops"][x.choices.index(c)] for x, c in zip(layers, picked, strict=True)) > limits["bops"]:
+            continue
+        cost = sum(x.costs[x.choices.index(c)] for x, c in zip(layers, picked, strict=True))
+        best = cost if best is None else min(best, cost)
+    if best is None:
+        with pytest.raises(InputError, match="no assignment of widths keeps the limits"):
+            solve(layers, limits, ties, links=links)
+        return
+    found = solve(layers, limits, ties, links=links)
+    assert found.cost == pytest.approx(best, rel=1e-9, abs=1e-9)
+    chosen = dict(zip((x.layer for x in layers), found.choices, strict=True))
+    assert all(chosen[n].activations in (32, chosen[g].activations) for n, g in group_of.items())

@@ -71,6 +71,7 @@ def test_defaults_reach_the_pipeline(command: Command, pipeline: FakePipeline) -
         "bits": 8,
         "limit": (),
         "widths": None,
+        "activation_widths": None,
         "mixed_by": "best",
         "pareto": 0,
         "loss": "kl",
@@ -133,7 +134,7 @@ def test_symmetry_reaches_the_pipeline(flag: str, value: bool, command: Command,
 
 def test_every_option_reaches_the_pipeline(command: Command, pipeline: FakePipeline, tmp_path: Path) -> None:
     args = "-o out.onnx --bits mixed --limit size=.2 --limit bops=.5 --widths 2,4 --mixed-by kl --pareto 3 --loss noise "
-    args += "--max-seconds 9 --workers 2 --scheduler tcp://h:1 "
+    args += "--max-seconds 9 --workers 2 --scheduler tcp://h:1 --activation-widths 4,8 "
     args += "--format qoperator --target vnni --data d.npz --samples 7 --preprocess imagenet --eval e.npz "
     args += "--max-drop 0.5 --min-agreement .9 --on-inconclusive pass --max-requant-loss 30 "
     args += "--effort fast --ranges percentile --exclude head --exclude /b/* --opset 17 --inputs-as uint8 --inline --io integer "
@@ -153,6 +154,7 @@ def test_every_option_reaches_the_pipeline(command: Command, pipeline: FakePipel
         "bits": "mixed",
         "limit": ("size=.2", "bops=.5"),
         "widths": "2,4",
+        "activation_widths": "4,8",
         "mixed_by": "kl",
         "pareto": 3,
         "loss": "noise",

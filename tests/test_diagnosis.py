@@ -282,7 +282,8 @@ def test_the_report_has_the_layers_and_the_file_the_same_bytes(format: str, tmp_
     assert len(layers) > 3
     for layer in layers:
         assert set(layer) == {
-            "node", "op", "bits", "weights", "sqnr_in_db", "sqnr_out_db", "own_db", "method", "gain_db", "range", "saturation",
+            "node", "op", "bits", "activation_bits", "weights", "sqnr_in_db", "sqnr_out_db", "own_db", "method", "gain_db",
+            "range", "saturation",
         }  # fmt: skip
         assert layer["op"] in ("Conv", "Gemm")
         assert 0 <= layer["saturation"] < 0.1

@@ -120,7 +120,7 @@ def test_the_report_of_a_search() -> None:
     assert made["held"] is True
     assert made["samples"] == {"search": 10**13, "verdict": 77}
     assert [sorted(move) for move in made["raised"]] == [
-        ["bytes_added", "from_bits", "node", "op", "own_db", "sqnr_out_db", "to_bits"]
+        ["bytes_added", "from_activation_bits", "from_bits", "node", "op", "own_db", "sqnr_out_db", "to_bits"]
     ] * 2
     assert made["tried"][0] == {
         "raised_to_8": 0, "raised_to_float": 0, "top1_agreement": 1 - 960 / 10_000, "drop_points": None, "held": False,

@@ -17,7 +17,8 @@ from qcompile.html_mixed import mixed_figures
 
 def layer(name: str, bits: int, average: float | None) -> dict[str, Any]:
     trace = None if average is None else {"average": average, "low": average * 50, "high": None}
-    return {"node": name, "op": "Conv", "weights": 100, "bits": bits, "trace": trace}
+    read = 32 if bits == 32 else 8
+    return {"node": name, "op": "Conv", "weights": 100, "bits": bits, "activation_bits": read, "trace": trace}
 
 
 def mixed() -> dict[str, Any]:
@@ -51,3 +52,11 @@ def test_the_page_of_a_compilation(command: Command, tmp_path: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert '<h2 id="mixed">Mixed precision</h2>' in text
     assert "avg-bits at most 5" in text and "chosen by hessian" in text
+
+
+def test_narrow_activations_are_drawn_where_there_are_any() -> None:
+    plain, narrow = mixed(), mixed()
+    narrow["layers"][0]["activation_bits"] = 4
+    said = "bits of the activations that it reads"
+    assert said not in mixed_figures(plain)["widths"]
+    assert said in mixed_figures(narrow)["widths"]

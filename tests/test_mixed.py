@@ -21,8 +21,9 @@ from qcompile.hessian import Trace
 from qcompile.inspection import rescales
 from qcompile.interpret import Interpreter
 from qcompile.layer_counts import count_layers
-from qcompile.mixed import Assigned, Mixing, Planner, Tried, mix, packed_bytes
+from qcompile.mixed import Tried, mix
 from qcompile.options_mixed import parse_limits, parse_widths
+from qcompile.planner import Assigned, Mixing, Planner, packed_bytes
 from qcompile.probing import WidthCost
 from qcompile.recipe import recipe_of
 from qcompile.runtime import Optimisation, Session
@@ -181,12 +182,12 @@ def test_the_best_of_all_candidates_on_held_out_samples_is_kept() -> None:
 
     def attempt(assigned: Assigned) -> Tried:
         tried.append(assigned)
-        equal = len({bits for _, bits in assigned}) == 1
-        return Tried(30.0 if equal else 20.0, 5000, sum(b for _, b in assigned) / 2)
+        equal = len({bits for _, bits in assigned.weights}) == 1
+        return Tried(30.0 if equal else 20.0, 5000, sum(b for _, b in assigned.weights) / 2)
 
     mixing = Mixing((("avg-bits", 5.0),))
     found = mix(sensitivities(), Planner(sensitivities(), mixing, Settings(), 10_000), attempt)
-    assert dict(found.assigned) == {"l0": 5, "l1": 5}
+    assert dict(found.assigned.weights) == {"l0": 5, "l1": 5}
     assert found.report["by"] == "uniform"
     assert len(tried) == len(set(tried))  # none is compiled twice
     assert {c["by"] for c in found.report["candidates"]} >= {"noise", "uniform"}
@@ -197,14 +198,16 @@ def test_the_best_of_all_candidates_on_held_out_samples_is_kept() -> None:
 def test_one_width_for_all_may_be_exactly_the_limit() -> None:
     many = sensitivities(tuple(float(i + 1) for i in range(7)))
     planner = Planner(many, Mixing((("avg-bits", 5.0),)), Settings(), 10_000)
-    assert {bits for _, bits in planner.solve("uniform", {"avg-bits": 5.0}) or ()} == {5}
+    found = planner.solve("uniform", {"avg-bits": 5.0})
+    assert found is not None
+    assert {bits for _, bits in found.weights} == {5}
 
 
 def test_bytes_beside_the_weights_are_learned_from_the_first_file() -> None:
     sizes: list[int] = []
 
     def attempt(assigned: Assigned) -> Tried:
-        sizes.append(3000 + sum(packed_bytes(800, b) for _, b in assigned))
+        sizes.append(3000 + sum(packed_bytes(800, b) for _, b in assigned.weights))
         return Tried(20.0, sizes[-1], 5.0)
 
     mixing = Mixing((("size", 0.45),), by=("noise",))  # below what is estimated: 0.4576
@@ -212,19 +215,19 @@ def test_bytes_beside_the_weights_are_learned_from_the_first_file() -> None:
     found = mix(sensitivities(), planner, attempt)
     assert sizes[-1] <= 4500
     assert planner.rest == 3000
-    assert dict(found.assigned) == {"l0": 6, "l1": 3}
+    assert dict(found.assigned.weights) == {"l0": 6, "l1": 3}
     with pytest.raises(InputError, match=r"--limit size: 0\.35 asked for, 0\.3912 is the nearest"):
         mix(sensitivities(), Planner(sensitivities(), Mixing((("size", 0.35),), by=("noise",)), Settings(), 10_000), attempt)
 
 
 def test_matrices_beside_the_layers_count_in_the_average() -> None:
     def attempt(assigned: Assigned) -> Tried:
-        return Tried(20.0, 5000, sum(b for _, b in assigned) / 2 * 0.99 + 0.08)  # a hundredth of all weights, at 8 bits
+        return Tried(20.0, 5000, sum(b for _, b in assigned.weights) / 2 * 0.99 + 0.08)  # a hundredth of all weights, at 8 bits
 
     mixing = Mixing((("avg-bits", 5.0),), by=("noise",))
     found = mix(sensitivities(), Planner(sensitivities(), mixing, Settings(), 10_000), attempt)
     assert found.report["average_bits"] <= 5
-    assert sum(b for _, b in found.assigned) == 9
+    assert sum(b for _, b in found.assigned.weights) == 9
     least = Mixing((("avg-bits", 2.0),), by=("noise",))
     with pytest.raises(InputError, match="no assignment of widths keeps the limits"):
         mix(sensitivities(), Planner(sensitivities(), least, Settings(), 10_000), attempt)

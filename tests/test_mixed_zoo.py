@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from qcompile import compile_model
+from qcompile.interpret import Interpreter
+from qcompile.layer_counts import count_layers
+from qcompile.runtime import Session
 
 ZOO = Path(__file__).resolve().parents[2] / "shared" / "zoo"
 
@@ -32,3 +37,26 @@ def test_resnet20_loses_less_than_with_five_bits_everywhere(tmp_path: Path) -> N
     ).report
     assert mixed["mixed"]["average_bits"] <= 5
     assert mixed["accuracy"]["sqnr_db"] > uniform["accuracy"]["sqnr_db"] + 0.3
+
+
+@pytest.mark.zoo
+@pytest.mark.skipif(not ZOO.exists(), reason="needs ../shared/zoo")
+def test_resnet20_with_pairs_of_widths_loses_less_than_with_five_bits_of_both(tmp_path: Path) -> None:
+    name = "resnet20_cifar10"
+    data, judged = (f"{ZOO / 'tasks.py'}:{name}_{part}" for part in ("calib", "eval"))
+    source = ZOO / name / "model.onnx"
+    common: dict[str, Any] = {"data": data, "eval_data": judged, "latency": False}
+    uniform = compile_model(source, tmp_path / "u.onnx", bits=5, activations=5, **common).report
+    pairs: dict[str, Any] = {"bits": "mixed", "limit": {"bops": 0.4}, "activation_widths": "4,6,8", "mixed_by": "noise"}
+    mixed = compile_model(source, tmp_path / "m.onnx", **pairs, **common).report
+    assert mixed["accuracy"]["sqnr_db"] > uniform["accuracy"]["sqnr_db"] + 1.5
+    feed = {"input": np.random.default_rng(0).standard_normal((1, 3, 32, 32)).astype(np.float32)}
+    layers = count_layers(tmp_path / "m.onnx", feed)
+    macs = sum(x.macs or 0 for x in layers)
+    assert sum((x.macs or 0) * x.weight_bits * x.activation_bits for x in layers) <= 0.4 * 64 * macs
+    assert {x.activation_bits for x in layers} <= {4, 6, 8}
+    reference = Interpreter(tmp_path / "m.onnx")
+    np.testing.assert_array_equal(
+        next(iter(reference.run(feed).values())), next(iter(Session(tmp_path / "m.onnx").run(feed).values()))
+    )
+    assert reference.float_nodes == []

@@ -73,9 +73,6 @@ def test_weight_only_options_have_defaults_and_go_with_float_activations() -> No
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        pytest.param(
-            ("bfloat16", None, None, None, None), r"--activations bfloat16: choose one of int8, float", id="activations"
-        ),
         pytest.param(("int8", 32, None, None, None), r"--block is for weight-only files; give --bits 4", id="block"),
         pytest.param(("int8", None, False, None, None), r"--symmetric is for weight-only files", id="symmetric"),
         pytest.param(("int8", None, None, "portable", None), r"--spelling is for weight-only files", id="spelling"),

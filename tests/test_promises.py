@@ -264,3 +264,16 @@ def test_the_node_where_a_promise_broke_is_named(keeps: Promise) -> None:
     with pytest.raises(PassError, match=r"fake_pass") as caught:
         verifier.after(graph, step, finished=False)
     assert str(caught.value).endswith(f"it shows first at node '{wanted}'")
+
+
+def test_a_lossy_pass_may_leave_noise_where_few_bits_were_asked_for() -> None:
+    graph = Graph.from_proto(source())
+    verifier = Verifier(graph, feeds())
+    constant = next(c for c in graph.constants.values() if c.name == "factor")
+    constant.assign(np.asarray(-4, np.float32))
+    noise = 20 * np.log10(2 / 6)
+    step = Fake(every_time, keeps=Lossy(10.0))
+    assert verifier.after(graph, step, finished=False, rough=True) == pytest.approx(noise, abs=1e-3)
+    constant.assign(np.asarray(-4.1, np.float32))
+    with pytest.raises(PassError, match="less than 10 dB"):
+        verifier.after(graph, step, finished=False)

@@ -174,7 +174,7 @@ def test_nodes_that_are_not_there(nodes: dict[str, Any], said: str, tmp_path: Pa
 
 def test_weight_only_files_have_no_single_nodes(tmp_path: Path) -> None:
     gemm = next(n.name for n in onnx.load(VIT).graph.node if n.op_type == "MatMul")
-    with pytest.raises(InputError, match="--activations float: bits and range of single nodes"):
+    with pytest.raises(InputError, match="--activations float: bits, activations and range of nodes"):
         compile_model(VIT, tmp_path / "a.onnx", bits=4, activations="float", nodes={gemm: {"bits": 8}})
 
 
@@ -203,7 +203,7 @@ def test_an_imported_model_has_ranges_of_its_own(tmp_path: Path) -> None:
         pytest.param('[nodes."a"]\nfloat = true\nbits = 4\n', "float goes with neither", id="node float and bits"),
         pytest.param('[nodes."a"]\nrange = [1, 2]\n', "give [low, high] with low <= 0 <= high", id="range without 0"),
         pytest.param('[nodes."a"]\nrange = [0, "x"]\n', "give [low, high]", id="range of text"),
-        pytest.param('[nodes."a"]\n', "give bits, float or range", id="empty node"),
+        pytest.param('[nodes."a"]\n', "give bits, activations, float or range", id="empty node"),
         pytest.param("[check]\nmax_dropp = 1\n", None, id="another command's table"),
     ],
 )
