@@ -354,6 +354,8 @@ def test_a_form_without_ties_is_not_believed(both_formats: dict[str, Path]) -> N
     for (name, tensor), value in zip(places.items(), (1, 1), strict=True):
         array = numpy_helper.to_array(tensor)
         tensor.CopyFrom(numpy_helper.from_array(np.full_like(array, value), name))
-    call.op_type = "DyadicRescaleUntied"
-    found = next(r for r in rescales(model) if r.op == "DyadicRescaleUntied")
+    body = next(f for f in model.functions if f.name == call.op_type)
+    model.functions.add().CopyFrom(body)
+    model.functions[-1].name = call.op_type = "DyadicRescaleUntiedElsewhere"
+    found = next(r for r in rescales(model) if r.op == call.op_type)
     assert not found.exact and "rounds no ties" in found.reason
