@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
+from onnx import ModelProto
 
 from qcompile.graph import Array, Graph, Node, Tensor, Value
 from qcompile.runtime import Feeds
-from qcompile.sessions import segment_session
+from qcompile.sessions import segment_model, segment_session
 
 _READ = "qcompile_layer_input"  # the layer's own input where it is fed apart from its other readers
 
@@ -66,20 +68,33 @@ class CutLayer:
             own.replace_uses(source, apart, only=lambda n: n is self.node)
             entries = [e for e in entries if e[0] is not source or source in _read_by(nodes)]
             entries.append((apart, self.inputs[0].dtype))
-        self._names = {v.name for v, _ in entries}
-        self._session = segment_session(own, nodes, entries, [t for t in outputs if t in made], threads=1)
+        self.entries = [v.name for v, _ in entries]
+        ends = [t for t in outputs if t in made]
+        self.made = [t.name for t in ends]
+        self._part = partial(segment_model, own, nodes, entries, ends)
+        self._session = segment_session(own, nodes, entries, ends, threads=1)
+
+    def model(self) -> ModelProto:
+        """What follows the layer, the layer with it: inputs `entries`, its weight and bias among them, and outputs `made`."""
+        return self._part()
 
     def run(
         self, index: int, weight: Array | None = None, bias: Array | None = None, source: Array | None = None
     ) -> dict[str, Array]:
         """The model's outputs for sample `index` with this weight, bias and layer input in place of its own."""
-        feed = {name: value for name, value in self._cut[index].items() if name in self._names}
+        return {**self._clean[index], **self._session.run(self.feed(index, weight, bias, source))}
+
+    def feed(
+        self, index: int, weight: Array | None = None, bias: Array | None = None, source: Array | None = None
+    ) -> dict[str, Array]:
+        """What the part that follows reads for sample `index`, by name."""
+        feed = {name: value for name, value in self._cut[index].items() if name in self.entries}
         feed[self.spec.weight] = self.weight if weight is None else weight
         if self.spec.bias is not None and self.bias is not None:
             feed[self.spec.bias] = self.bias if bias is None else bias
-        if _READ in self._names:
+        if _READ in self.entries:
             feed[_READ] = self.inputs[index] if source is None else source
-        return {**self._clean[index], **self._session.run(feed)}
+        return feed
 
 
 def _behind(graph: Graph, moved: Sequence[Tensor]) -> list[Node]:
