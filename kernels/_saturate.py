@@ -48,7 +48,11 @@ class Rescale(Kernel):
 
     def _function(self, body: str, meaning: str) -> FunctionProto:
         """The function from x and the constants: `body` makes int32 `moved`, which is clipped to low..high and cast."""
+        return self._ended(body + _SATURATE, meaning)
+
+    def _ended(self, body: str, meaning: str) -> FunctionProto:
+        """The same of a body that makes `y` itself."""
         head = f"{self.name} <{', '.join(Rescale.attributes(self))}> (x, {', '.join(self.constants())}) => (y)"
-        made = function(f"{head} {{ {body} {_SATURATE} }}", {"low": TensorProto.INT32, "high": TensorProto.INT32})
+        made = function(f"{head} {{ {body} }}", {"low": TensorProto.INT32, "high": TensorProto.INT32})
         made.doc_string = meaning
         return made

@@ -6,15 +6,20 @@ half to even makes them equal to the fused operators of onnxruntime (docs/dyadic
     y = saturate( round_half_even(acc * b / 2^c) + zero_point ),      1 <= b < 2^24,  0 <= c <= 31
 
 In 32 bits, with w = 8, 16 or 31 bits of reach (an output of w bits is saturated wherever |acc * b / 2^c| >= 2^w, as the zero
-point is one of its values). **Clip first**: beyond L = ceil(2^(c+w) / b) the output does not change, and |acc * b| <= L * b <
-2^(c+w) + b. Then
+point is one of its values):
 
-- Direct, c + w <= 30: a b beyond 2^(c+w) saturates as 2^(c+w) does (all but acc = 0), so it is cut to that. Adding K * 2^c with
-  the even K = 2^(w+1) makes p = acc * b + K * 2^c + 2^(c-1) - 1 positive and below 2^32. `(p + ((p >> c) & 1)) >> c` rounds it:
-  only at a tie does the added bit reach bit c, and there bit c of p is that of the floor. Then K is subtracted. An even K keeps
-  the parity, so ties go to even. What does not depend on acc is computed from b, c and the ends: once, as it is constant.
+- Lean, b <= 2^c and c + w <= 30. **Clip first**, to the accumulators that the output tells apart: nothing is left to saturate.
+  p = acc * b + (zero point - low) 2^c + 2^(c-1) - 1 is then in 0 .. 2^(c+w), and `(p + ((p >> c) & 1)) >> c` rounds it: only at a
+  tie does the added bit reach bit c, and there bit c of p is that of the floor. Where zero point - low is odd the bit is turned
+  round. Where no accumulator inside the limits is a tie (an odd multiple of 2^(c-1-t), b = 2^t times an odd number), p >> c is
+  all. A bias is part of the limits and of the constant: it costs nothing.
+- Steep, b > 2^c: steps of the output are left out, so the end must be clipped too. First |acc| <= L = ceil(2^(c+w) / b), beyond
+  which the output does not change; a b beyond 2^(c+w) is cut to that. Then the same with K * 2^c, K = 2^(w+1) (even, so that
+  parity stays) in place of the zero point; K is subtracted at the end.
 - Wide, all else: the magnitude, as rounding half to even is odd: |acc| * b in two limbs of 32 bits from four products of 16,
   shifted across both, rounded by the bits that fall out and the parity of the rest, and the sign put back.
+
+What does not depend on acc is computed from b, c and the ends: once, as it is constant.
 
 c = 0 is run as (2b, 1). The fused form is onnxruntime's QGemm with an empty product: zeros x zeros + acc, in float32, exact for
 8 bits and c <= 16 (docs/dyadic.md has the proof): six times as fast.
@@ -30,115 +35,23 @@ from onnx import FunctionProto, TensorProto, helper
 
 from qcompile.dyadic import Int64, round_shift
 from qcompile.kernels._protocol import OPSET, Array, Float64, function, within
+from qcompile.kernels._rescale_text import STEEP, WIDE, lean_body
 from qcompile.kernels._saturate import Rescale
 
 _MOST_NUMERATOR = (1 << 24) - 1
 _MOST_SHIFT = 31
 _MOST_FUSED_SHIFT = 16
-_DIRECT_BITS = 30
+_LEAN_BITS = 30
+MOST_BIAS = 1 << 30
 _REACH = {"uint8": 8, "int8": 8, "uint16": 16, "int16": 16, "int32": 31}
-
-# span = 2^w - 1; end = 2^(c+w) <= 2^30, twice that is `raise` without below = 2^(c-1) - 1. b <= 2^(c+w) and b <= 2^25, so
-# |product| < end + b < 2^31 and raised <= 3 * 2^30 + 2^25 + 2^21 < 2^32, computed modulo 2^32 in uint32: exact. Its bit c,
-# moved to the highest place and back, is `odd`; signed < 2^(w+2).
-_DIRECT = """
-    one = Constant <value = uint32 {1}> ()
-    one_i = Constant <value = int32 {1}> ()
-    highest_bit = Constant <value = uint32 {31}> ()
-    span = Sub (high_, low_)
-    reach = Add (span, one_i)
-    k = Add (reach, reach)
-    unit = BitShift <direction = "LEFT"> (one, c)
-    unit_i = Cast <to = 6> (unit)
-    end = Mul (unit_i, reach)
-    end_b = Add (end, b)
-    up = Sub (end_b, one_i)
-    limit = Div (up, b)
-    floor = Neg (limit)
-    end_u = Cast <to = 12> (end)
-    lift = Add (end_u, end_u)
-    half = BitShift <direction = "RIGHT"> (unit, one)
-    below = Sub (half, one)
-    raise = Add (lift, below)
-    to_highest = Sub (highest_bit, c)
-    back = Sub (zero, k)
-    near_low = Max (x, floor)
-    near = Min (near_low, limit)
-    product = Mul (near, b)
-    product_u = Cast <to = 12> (product)
-    raised = Add (product_u, raise)
-    top = BitShift <direction = "LEFT"> (raised, to_highest)
-    odd = BitShift <direction = "RIGHT"> (top, highest_bit)
-    even = Add (raised, odd)
-    shifted = BitShift <direction = "RIGHT"> (even, c)
-    signed = Cast <to = 6> (shifted)
-    moved = Add (signed, back)
-"""
-# below = 2^(c-1) - 1; c >= 1 here. x_u: two's complement; (v ^ ones) + minus negates v where minus = 1. size <= 2^31, b < 2^25
-# (2b where c was 0).
-# p00 < 2^32, p01 <= 2^16 2^9, p10 <= 2^15 2^16, p11 <= 2^15 2^9; middle < 2^16 + 2^25 + 2^31 < 2^32; the left shift drops what
-# `top` has. size * b < 2^(c+w) + b, so whole < 2^31 + 2^24 and top << (32-c) loses nothing; rest < 2^c <= 2^31, rest + odd +
-# below < 2^31 + 2^30.
-_WIDE = """
-    one = Constant <value = uint32 {1}> ()
-    less = Sub (c, one)
-    half = BitShift <direction = "LEFT"> (one, less)
-    below = Sub (half, one)
-    sixteen = Constant <value = uint32 {16}> ()
-    thirty_one = Constant <value = uint32 {31}> ()
-    thirty_two = Constant <value = uint32 {32}> ()
-    low_half = Constant <value = uint32 {65535}> ()
-    none = Constant <value = uint32 {0}> ()
-    largest = Constant <value = uint32 {2147483647}> ()
-    x_u = Cast <to = 12> (x)
-    minus = BitShift <direction = "RIGHT"> (x_u, thirty_one)
-    ones = Sub (none, minus)
-    turned = BitwiseXor (x_u, ones)
-    magnitude = Add (turned, minus)
-    size = Min (magnitude, limit)
-    b1 = BitShift <direction = "RIGHT"> (b, sixteen)
-    b0 = BitwiseAnd (b, low_half)
-    m1 = BitShift <direction = "RIGHT"> (size, sixteen)
-    m0 = BitwiseAnd (size, low_half)
-    p00 = Mul (m0, b0)
-    p01 = Mul (m0, b1)
-    p10 = Mul (m1, b0)
-    p11 = Mul (m1, b1)
-    carried = BitShift <direction = "RIGHT"> (p00, sixteen)
-    cross = Add (p01, p10)
-    middle = Add (carried, cross)
-    upper = BitShift <direction = "RIGHT"> (middle, sixteen)
-    top = Add (p11, upper)
-    lower = BitShift <direction = "LEFT"> (middle, sixteen)
-    last = BitwiseAnd (p00, low_half)
-    bottom = Add (lower, last)
-    left = Sub (thirty_two, c)
-    from_top = BitShift <direction = "LEFT"> (top, left)
-    from_bottom = BitShift <direction = "RIGHT"> (bottom, c)
-    whole = Add (from_top, from_bottom)
-    unit = BitShift <direction = "LEFT"> (one, c)
-    mask = Sub (unit, one)
-    rest = BitwiseAnd (bottom, mask)
-    odd = BitwiseAnd (whole, one)
-    rest_more = Add (rest, below)
-    biased = Add (rest_more, odd)
-    up = BitShift <direction = "RIGHT"> (biased, c)
-    rounded = Add (whole, up)
-    most = Add (largest, minus)
-    saturated = Min (rounded, most)
-    turned_back = BitwiseXor (saturated, ones)
-    signed_u = Add (turned_back, minus)
-    signed = Cast <to = 6> (signed_u)
-    moved = Add (signed, zero)
-"""
 
 
 @dataclass(frozen=True)
 class DyadicRescale(Rescale):
-    """y = saturate(round_half_even(x * b / 2^c) + zero_point) of int32 `x`, per tensor (one b and c) or per channel.
+    """y = saturate(round_half_even((x + bias) * b / 2^c) + zero_point) of int32 `x`, per tensor (one b and c) or per channel.
 
     b, c: one number or one a channel each. axis: of the channels, counted from the end (-1 is the last; -3 the channels of an
-    NCHW tensor).
+    NCHW tensor). bias: none, or one a channel, |bias| <= 2^30, for the lean forms alone (`takes_bias`); the sum is exact.
     dtype: int8, uint8, int16, uint16 or int32 (there the zero point is 0).
     """
 
@@ -147,6 +60,7 @@ class DyadicRescale(Rescale):
     zero_point: int = 0
     dtype: str = "uint8"
     axis: int = -1
+    bias: tuple[int, ...] = ()
 
     source: ClassVar[str] = "HAWQ-V3 (2021), section 3, with rounding half to even"
     domain: ClassVar[str] = "int32, any; 1 <= b < 2^24, 0 <= c <= 31; 8, 16 or 32 bits"
@@ -167,16 +81,50 @@ class DyadicRescale(Rescale):
         within(f"dyadic rescale to {self.dtype}: zero point", self.zero_point, *zero, "it must be a value of the output")
         if self.axis >= 0:
             raise ValueError(f"dyadic rescale: axis {self.axis}: count it from the end, -1 is the last")
-
-    @property
-    def name(self) -> str:
-        """DyadicRescale, or DyadicRescaleWide where the product needs two limbs."""
-        return "DyadicRescale" if max(self.c) + _REACH[self.dtype] <= _DIRECT_BITS else "DyadicRescaleWide"
+        if self.bias:
+            if not self.takes_bias:
+                raise ValueError("dyadic rescale: a bias: only multipliers up to 1 take it, add it before")
+            within("dyadic rescale: bias", max(abs(v) for v in self.bias), 0, MOST_BIAS, "add it before")
 
     @property
     def least_opset(self) -> int:
         """13; the wide form needs operators on bits."""
-        return 13 if self.name == "DyadicRescale" else OPSET
+        return OPSET if self.name.endswith("Wide") else 13
+
+    @property
+    def _lean(self) -> bool:
+        b, c = self._multiplier
+        return int(c.max()) + _REACH[self.dtype] <= _LEAN_BITS and bool((b <= np.left_shift(np.int64(1), c)).all())
+
+    @property
+    def takes_bias(self) -> bool:
+        """Whether a bias may be part of it: the multipliers are 1 at most, and 32 bits have room."""
+        return self._lean
+
+    @property
+    def name(self) -> str:
+        """DyadicRescale; Signed for int8 and int16; Odd, Untied by how it rounds; Biased. Else ...Steep, ...Wide."""
+        if not self._lean:
+            return (
+                "DyadicRescaleSteep" if int(self._multiplier[1].max()) + _REACH[self.dtype] <= _LEAN_BITS else "DyadicRescaleWide"
+            )
+        return f"DyadicRescale{'Signed' if self._signed else ''}{self._rounding}{'Biased' if self.bias else ''}"
+
+    @property
+    def _signed(self) -> bool:
+        return self._limits.min < 0
+
+    @property
+    def _rounding(self) -> str:
+        """Untied: no accumulator between the limits lies half-way between two integers; Odd: zero point - low is."""
+        b, c = self._multiplier
+        unit = np.left_shift(np.int64(1), c)
+        odd_part = b // (b & -b)
+        first = np.where(b < unit, (unit // 2) * odd_part // np.maximum(b, 1), np.int64(1) << 32)  # the least tie: 2^(c-1-t)
+        room = max(int(self._limits.max) - self.zero_point, self.zero_point - int(self._limits.min))
+        if bool((first > (room * unit + unit // 2 - 1) // b).all()):
+            return "Untied"
+        return "Odd" if (self.zero_point - int(self._limits.min)) % 2 else ""
 
     @property
     def _output(self) -> tuple[int, str]:
@@ -202,28 +150,36 @@ class DyadicRescale(Rescale):
         return np.asarray(np.minimum(-(-reach // b), 1 << 31))
 
     def constants(self) -> dict[str, Array]:
-        """b, c and the zero point; the limit L where it needs more than 32 bits to compute."""
+        """b, c, the zero point and the bias; the limit L where it needs more than 32 bits to compute."""
         b, c = self._multiplier
         zero = np.asarray(self.zero_point, np.int32)
         if self.name == "DyadicRescaleWide":
             return {"b": b.astype(np.uint32), "c": c.astype(np.uint32), "limit": self._limit.astype(np.uint32), "zero": zero}
         capped = np.minimum(b, np.left_shift(np.int64(1), c + _REACH[self.dtype]))
-        return {"b": capped.astype(np.int32), "c": c.astype(np.uint32), "zero": zero}
+        found = {"b": capped.astype(np.int32), "c": c.astype(np.uint32), "zero": zero}
+        return {**found, "bias": self._vector(self.bias).astype(np.int32)} if self.bias else found
+
+    def _biased(self, x: Array) -> Array:
+        return np.asarray(x + self._vector(self.bias)) if self.bias else x
 
     def reference(self, *inputs: Array) -> Array:
-        """The formula in int64: |acc * b| < 2^55."""
-        product = inputs[0].astype(np.int64) * self._vector(self.b)
+        """The formula in int64: |(acc + bias) * b| < 2^56."""
+        product = self._biased(inputs[0].astype(np.int64)) * self._vector(self.b)
         rounded = round_shift(product, self._vector(self.c)) + self.zero_point
         return np.clip(rounded, self._limits.min, self._limits.max).astype(self.dtype)
 
     def lower(self) -> FunctionProto:
-        """The direct or the wide form."""
-        body = _DIRECT if self.name == "DyadicRescale" else _WIDE
-        return self._function(body, "round_half_even(x * b / 2^c) + zero, within the type; in int32 and uint32 alone")
+        """One function for each name."""
+        meaning = (
+            f"round_half_even({'(x + bias)' if self.bias else 'x'} * b / 2^c) + zero, within the type; in int32 and uint32 alone"
+        )
+        if not self._lean:
+            return self._function(WIDE if self.name.endswith("Wide") else STEEP, meaning)
+        return self._ended(lean_body(biased=bool(self.bias), rounding=self._rounding, signed=self._signed), meaning)
 
     def oracle(self, *inputs: Array) -> Float64:
         """acc * b / 2^c, within the range of the output. The product has at most 55 bits, so float64 adds 2^-53 relative."""
-        real = inputs[0].astype(np.float64) * self._vector(self.b) / np.exp2(self._vector(self.c))
+        real = self._biased(inputs[0].astype(np.float64)) * self._vector(self.b) / np.exp2(self._vector(self.c))
         return np.asarray(np.clip(real, self._limits.min - self.zero_point, self._limits.max - self.zero_point))
 
 
@@ -242,6 +198,8 @@ class FusedRescale(DyadicRescale):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.bias:
+            raise ValueError("fused rescale: a bias: add it before")
         if _REACH[self.dtype] != 8:
             raise ValueError(f"fused rescale: output type {self.dtype!r}: QGemm gives int8 or uint8, use DyadicRescale")
         within("fused rescale: c", max(self.c), 0, _MOST_FUSED_SHIFT, "float32 is exact up to 16, use DyadicRescale")

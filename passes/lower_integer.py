@@ -147,8 +147,8 @@ def _notes(node: Node, **operands: _Quantised) -> dict[str, str]:
 # --- products ---------------------------------------------------------------------------------------------------
 
 
-def _product(graph: Graph, node: Node, op: str, x: _Quantised, w: _Quantised, weight: Tensor, bias: Tensor | None) -> Value:
-    """Turn `node` into `op` (ConvInteger or MatMulInteger) and add the bias; returns the accumulator. The output is detached."""
+def _product(graph: Graph, node: Node, op: str, x: _Quantised, w: _Quantised, weight: Tensor) -> Value:
+    """Turn `node` into `op` (ConvInteger or MatMulInteger); returns the accumulator without bias. The output is detached."""
     result = node.outputs[0]
     node.outputs.clear()
     acc = int32_value(graph, result.name + "_acc", result)
@@ -162,11 +162,7 @@ def _product(graph: Graph, node: Node, op: str, x: _Quantised, w: _Quantised, we
     node.inputs.clear()
     node.inputs.extend([x.integers, weight, *zeros])
     node.outputs.append(acc)
-    if bias is None:
-        return acc
-    total = int32_value(graph, result.name + "_sum", result)
-    plumb(graph, "Add", [acc, bias], total)
-    return total
+    return acc
 
 
 def _check_sum(node: Node, weight: Const | None, w: _Quantised, axes: tuple[int, ...], bias: Array | None) -> None:
@@ -187,11 +183,13 @@ def _multiplier(node: Node, multiplier: Array) -> Array:
     return multiplier
 
 
-def _rescaled(graph: Graph, node: Node, acc: Tensor, multiplier: Array, y: _Quantised, notes: dict[str, str]) -> None:
-    """End `node` in 8 bits; `multiplier` broadcasts to `acc`."""
+def _rescaled(
+    graph: Graph, node: Node, acc: Tensor, multiplier: Array, y: _Quantised, notes: dict[str, str], bias: Array | None = None
+) -> None:
+    """End `node` in 8 bits; `multiplier` and the int32 `bias` broadcast to `acc`."""
     b, c = common_shift(multiplier)
     assert isinstance(y.integers, Value)
-    dyadic_rescale(graph, acc, b, c, y.zero_point, y.integers, y.elem_type, node.name, notes)
+    dyadic_rescale(graph, acc, b, c, y.zero_point, y.integers, y.elem_type, node.name, notes, bias)
 
 
 def _conv(graph: Graph, node: Node) -> None:
@@ -205,15 +203,14 @@ def _conv(graph: Graph, node: Node) -> None:
     if weight is None or (node.input(8) is not None and bias is None):
         raise _refusal(node, "its weights or bias are computed at run time")
     rank = len(weight.dims)
-    values = None if bias is None else bias.array()
-    _check_sum(node, weight, w, tuple(range(1, rank)), values)
+    column = None if bias is None else bias.array().reshape(-1, *[1] * (rank - 2))
+    _check_sum(node, weight, w, tuple(range(1, rank)), column)
     multiplier = _multiplier(node, linear_multiplier(x.scale, w.scale, y.scale))
     notes = _notes(node, x=x, w=w, y=y)
-    column = None if values is None else _int(graph, node, "bias", values.reshape(-1, *[1] * (rank - 2)))
     if multiplier.ndim:
         multiplier = multiplier.reshape(-1, *[1] * (rank - 2))
-    acc = _product(graph, node, "ConvInteger", x, w, weight, column)
-    _rescaled(graph, node, acc, multiplier, y, notes)
+    acc = _product(graph, node, "ConvInteger", x, w, weight)
+    _rescaled(graph, node, acc, multiplier, y, notes, column)
 
 
 def _gemm(graph: Graph, node: Node) -> None:
@@ -236,10 +233,14 @@ def _gemm(graph: Graph, node: Node) -> None:
     notes = _notes(node, x=x, w=w) if y is None else _notes(node, x=x, w=w, y=y)
     result = node.outputs[0]
     node.attrs.clear()
-    acc = _product(graph, node, "MatMulInteger", x, w, weight, bias)
+    acc = _product(graph, node, "MatMulInteger", x, w, weight)
     if y is not None and multiplier is not None:
-        _rescaled(graph, node, acc, multiplier, y, notes)
+        _rescaled(graph, node, acc, multiplier, y, notes, None if bias is None else bias.array())
         return
+    if bias is not None:
+        total = int32_value(graph, result.name + "_sum", result)
+        plumb(graph, "Add", [acc, bias], total)
+        acc = total
     # The float end. fl(acc) * fl(Sx*Sw), as the fused operator computes it.
     scale = graph.constant(f"{result.name}_scale", np.asarray(x.scale * w.scale, np.float32))
     attrs = {"axis": 1} if w.scale.ndim else {}
@@ -262,7 +263,7 @@ def _matmul(graph: Graph, node: Node) -> None:
     _check_sum(node, weight, w, (-2,), None)
     notes = _notes(node, x=x, w=w, y=y)
     multiplier = _multiplier(node, linear_multiplier(x.scale, w.scale, y.scale))
-    acc = _product(graph, node, "MatMulInteger", x, w, node.inputs[3], None)
+    acc = _product(graph, node, "MatMulInteger", x, w, node.inputs[3])
     _rescaled(graph, node, acc, multiplier, y, notes)
 
 

@@ -7,7 +7,7 @@ nothing. `summary` counts. Both are plain data for `qcompile inspect`.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -38,7 +38,8 @@ _CLAMPS = ("Relu", "Clip")
 _MOVING = CARRIES | {"MaxPool", "Resize", "Upsample", "Max", "Min"}
 _JOINING = ("Concat", "Max", "Min")
 _ENDS = ("QuantizeLinear", "DequantizeLinear")
-_WRITTEN = ("DyadicRescale", "RatioRescale")
+_WRITTEN = ("DyadicRescale", "RatioRescale")  # and what is behind that name, but for these
+_NOT_WRITTEN = ("DyadicRescaleFused", "DyadicRescaleWide")
 _MOST_WRITTEN = 1 << 25  # b of a written-out rescale: its sums then stay below 2^32
 
 
@@ -93,7 +94,11 @@ def rescales(model: onnx.ModelProto | str | Path) -> list[Rescale]:
             rescale = None
         if rescale is not None:
             found.append(rescale)
-    return found + [_written_out(scales, call) for call in scales.calls if call.op_type in _WRITTEN]
+    return found + [_written_out(scales, call) for call in scales.calls if _is_written(call.op_type)]
+
+
+def _is_written(op: str) -> bool:
+    return op.startswith(_WRITTEN) and not op.startswith(_NOT_WRITTEN)
 
 
 def _written_out(scales: Scales, call: onnx.NodeProto) -> Rescale:
@@ -113,8 +118,23 @@ def _written_out(scales: Scales, call: onnx.NodeProto) -> Rescale:
     # 2^(c+w), w the bits of the output: from there on it saturates, and so far |x*b| goes before x is clipped.
     reach = np.left_shift(np.int64(ends.get("high", 255) - ends.get("low", 0) + 1), np.clip(c, 0, 31))
     fits = bool(((c >= 1) & (c < 32) & (reach <= 1 << 30) & (b >= 1) & (b <= np.minimum(reach, _MOST_WRITTEN))).all())
+    if not call.op_type.startswith("DyadicRescaleSteep"):
+        fits = fits and bool((b <= np.left_shift(np.int64(1), np.clip(c, 0, 31))).all())
     reason = "" if fits else f"b = {b.min()}..{b.max()} or c = {c.min()}..{c.max()} is outside what int32 can rescale"
+    zero = scales.constant(call.input[3])
+    if fits and "Untied" in call.op_type and (zero is None or _has_ties(b, c, int(zero.reshape(-1)[0]), ends)):
+        reason = "its body rounds no ties, and its multiplier has some"
+        return Rescale(label, call.op_type, "linear", False, reason, b=b, c=c)
     return Rescale(label, call.op_type, "linear", fits, reason, b=b, c=c)
+
+
+def _has_ties(b: Int64, c: Int64, zero: int, ends: Mapping[str, int]) -> bool:
+    """Whether some sum whose result does not saturate lies half-way between two integers: a multiple of the least x with
+    x * b = 2^(c-1) (mod 2^c), which is 2^(c-1) over the greatest power of two in b."""
+    unit = np.left_shift(np.int64(1), c)
+    power = np.gcd(b, unit)
+    room = max(ends.get("high", 255) - zero, zero - ends.get("low", 0)) + 0.5
+    return bool(((power < unit) & (unit // 2 // power * b < room * unit)).any())
 
 
 # --- judgements on scales -------------------------------------------------------------------------------------

@@ -310,6 +310,8 @@ CASES: dict[str, Case] = {
     "DyadicRescale int16": _rescale(DyadicRescale((12345,), (14,), -7, "int16")),
     "DyadicRescale channels": _rescale(DyadicRescale(*_CHANNELS, 128), (3, 40, 24)),
     "DyadicRescale channels, one c": _rescale(DyadicRescale(_CHANNELS[0], (16,), 128, axis=-3), (2, 24, 9, 7)),
+    "DyadicRescale with a bias": _rescale(DyadicRescale((77,), (9,), 131, bias=(-4321,))),
+    "DyadicRescale int16 with a bias": _rescale(DyadicRescale((12345,), (14,), -7, "int16", bias=(99,))),
     "DyadicRescaleWide uint8": _rescale(DyadicRescale((12_345_677,), (24,), 7)),
     "DyadicRescaleWide int32": _rescale(DyadicRescale((65,), (16,), 0, "int32")),
     "FusedRescale": _rescale(FusedRescale((65,), (16,), 131), runtime_only=True),

@@ -137,16 +137,75 @@ def test_bounds_of_the_written_form_hold_for_every_multiplier(b: int, c: int, dt
     made = {name: int(value) for name, value in kernel.constants().items()}
     b, c = made["b"], made["c"]
     end = 2 ** reach_of(dtype) << c
-    direct = kernel.name == "DyadicRescale"
-    limit = -(-end // b) if direct else made["limit"]
+    if kernel.takes_bias:
+        below, span = 2 ** (c - 1) - 1, 2 ** reach_of(dtype) - 1
+        assert c >= 1 and b <= 2**c and span * 2**c + below < end <= 2**30
+        for zero in (0, 1, span // 2, span):  # zero point - low
+            most, least = ((span - zero) * 2**c + below) // b, (zero * 2**c + below) // b
+            low, high = least * -b + zero * 2**c + below, most * b + zero * 2**c + below
+            assert low >= 0 and high + 1 < end + 2**c <= 2**32 and low >> c == 0 and (high + 1) >> c == span
+            assert round(Fraction(most * b, 2**c)) == span - zero and round(Fraction(least * b, 2**c)) == zero
+        return
+    steep = kernel.name == "DyadicRescaleSteep"
+    limit = -(-end // b) if steep else made["limit"]
     assert c >= 1 and limit * b < end + b
     assert limit == 2**31 or limit * b >= end
-    if direct:
+    if steep:
         assert end <= 2**30 and b <= end and limit < 2**31
         assert end + b - 1 < 2**31 and limit * b < 2**31
         lift = 2 * end
         assert lift >> c == 2 ** (reach_of(dtype) + 1) and lift - limit * b >= 0
         assert lift + limit * b + 2 ** (c - 1) - 1 + 1 < 2**32
+
+
+BIASED = [
+    (b, c, zero, dtype)
+    for b, c in [(1, 16), (65, 16), (16384, 16), (12345, 14), (77, 9), (1, 1), (513, 10), (65535, 16)]
+    for dtype, zero in [("uint8", 0), ("uint8", 131), ("int8", -128), ("int8", 3), ("int16", -7), ("uint16", 40_000)]
+    if c <= 14 or dtype.endswith("8")
+]
+
+
+@pytest.mark.parametrize(("b", "c", "zero", "dtype"), BIASED, ids=lambda v: str(v))
+def test_a_bias_is_added_exactly(b: int, c: int, zero: int, dtype: str) -> None:
+    """No sum wraps, also where acc + bias leaves int32."""
+    accs = accumulators(b, c, reach_of(dtype), 500).reshape(1, -1)
+    ends = np.iinfo(dtype)
+    for bias in (1, -1, 12_345, -(2**30), 2**30, 2 ** (c - 1)):
+        kernel = DyadicRescale((b,), (c,), zero, dtype, bias=(bias,))
+        x = np.clip(accs.astype(np.int64) - bias, -(2**31), 2**31 - 1).astype(np.int32)  # so that sums lie at ties again
+        assert_lowered_equals_reference(kernel, x)
+        some = x.reshape(-1)[::37]
+        expected = [min(max(round(Fraction((int(v) + bias) * b, 2**c)) + zero, int(ends.min)), int(ends.max)) for v in some]
+        assert kernel.reference(some).tolist() == expected
+
+
+def test_a_bias_a_channel() -> None:
+    rng = np.random.default_rng(2)
+    bias = tuple(int(v) for v in rng.integers(-(2**20), 2**20, 24))
+    b = tuple(int(v) for v in rng.integers(1, 2**16, 24))
+    x = rng.integers(-(2**22), 2**22, (2, 24, 9, 7)).astype(np.int32)
+    kernel = DyadicRescale(b, (16,), 128, axis=-3, bias=bias)
+    assert kernel.name.endswith("Biased")
+    assert_lowered_equals_reference(kernel, x)
+    plain = DyadicRescale(b, (16,), 128, axis=-3)
+    np.testing.assert_array_equal(kernel.reference(x), plain.reference(x + np.array(bias, np.int32).reshape(24, 1, 1)))
+
+
+@given(st.integers(1, 2**12), st.integers(1, 12), st.integers(0, 255))
+def test_untied_is_what_has_no_tie(b: int, c: int, zero: int) -> None:
+    """Every accumulator whose result is not saturated, in Python's integers."""
+    b = min(b, 2**c)
+    inside = range(-(256 * 2**c // b) - 1, 256 * 2**c // b + 2)
+    ties = [
+        a
+        for a in inside
+        if (2 * a * b) % 2**c == 0 and (a * b) % 2**c and 0 <= Fraction(a * b, 2**c) + zero + Fraction(1, 2) <= 256
+    ]
+    strictly = [a for a in ties if 0 < Fraction(a * b, 2**c) + zero + Fraction(1, 2) < 256]
+    name = DyadicRescale((b,), (c,), zero).name
+    assert not (strictly and "Untied" in name)
+    assert ties or "Untied" in name
 
 
 def test_reference_is_within_half_a_step_of_the_oracle() -> None:
@@ -179,6 +238,9 @@ def test_thirty_two_bits_alone() -> None:
         ({"zero_point": 256}, "zero point 256 is outside"),
         ({"dtype": "int32", "zero_point": 1}, "zero point 1 is outside"),
         ({"axis": 1}, "axis 1: count it from the end"),
+        ({"b": (3,), "bias": (1,)}, "a bias: only multipliers up to 1"),
+        ({"c": (31,), "bias": (1,)}, "a bias: only multipliers up to 1"),
+        ({"bias": (2**30 + 1,)}, r"bias 1.07374e\+09 is outside"),
     ],
     ids=lambda v: str(v),
 )
@@ -194,8 +256,9 @@ def test_outside_the_domain_is_refused(change: dict[str, Any], message: str) -> 
         ({"dtype": "int16"}, "output type 'int16'"),
         ({"axis": -3}, "axis -3"),
         ({"b": (1, 2), "columns": 3}, "3 columns: there are multipliers for 2"),
+        ({"bias": (1,)}, "a bias: add it before"),
     ],
-    ids=["shift", "type", "axis", "columns"],
+    ids=["shift", "type", "axis", "columns", "bias"],
 )
 def test_outside_the_fused_domain_is_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 
 import numpy as np
@@ -39,11 +40,11 @@ def lower(model: ModelProto) -> tuple[Report, Graph]:
 # --- the operators --------------------------------------------------------------------------------------------
 
 EXPECTED: dict[str, dict[str, int]] = {
-    "conv": {"ConvInteger": 1, "Add": 1, "DyadicRescale": 1},
+    "conv": {"ConvInteger": 1, "DyadicRescale": 1},
     "conv_without_bias": {"ConvInteger": 1, "DyadicRescale": 1},
-    "conv_grouped": {"ConvInteger": 1, "Add": 1, "DyadicRescale": 1},
-    "conv_1d": {"ConvInteger": 1, "Add": 1, "DyadicRescale": 1},
-    "gemm": {"MatMulInteger": 1, "Add": 1, "DyadicRescale": 1},
+    "conv_grouped": {"ConvInteger": 1, "DyadicRescale": 1},
+    "conv_1d": {"ConvInteger": 1, "DyadicRescale": 1},
+    "gemm": {"MatMulInteger": 1, "DyadicRescale": 1},
     "gemm_transposed": {"MatMulInteger": 1, "DyadicRescale": 1},
     "gemm_float": {"MatMulInteger": 1, "Add": 1, "DequantizeLinear": 1},
     "gemm_float_without_bias": {"MatMulInteger": 1, "DequantizeLinear": 1},
@@ -57,6 +58,11 @@ EXPECTED: dict[str, dict[str, int]] = {
 }
 
 
+def counted(graph: Graph) -> Counter[str]:
+    """Nodes of each operator; the forms of a rescale as one."""
+    return Counter("DyadicRescale" if n.op.startswith("DyadicRescale") else n.op for n in graph.nodes)
+
+
 @pytest.mark.parametrize("opset", [17, 21])
 @pytest.mark.parametrize("case", list(EXPECTED))
 def test_each_operator_keeps_its_bits(case: str, opset: int) -> None:
@@ -65,7 +71,7 @@ def test_each_operator_keeps_its_bits(case: str, opset: int) -> None:
     output = build(net)
     model = onnx.shape_inference.infer_shapes(net.model(output, types={output: TensorProto.FLOAT} if "float" in case else None))
     report, graph = lower(model)
-    counts = ops(graph)
+    counts = counted(graph)
     assert counts.pop("QuantizeLinear") == len(graph.inputs)
     assert counts == EXPECTED[case]
     assert report.rewrites == (0 if case in ("concat", "movements") else 1)
@@ -92,7 +98,7 @@ def test_an_add_of_scales_far_apart(scale: float) -> None:
     a, b = net.input([1, 3, 64, 64], 0.05, 77), net.input([1, 3, 64, 64], 0.05, 12)
     model = net.model(net.pair("Add", a, b, scale, 128).name)
     _, graph = lower(model)
-    assert ops(graph)["DyadicRescale" if scale > 0.1 else "RatioRescale"] == 1
+    assert counted(graph)["DyadicRescale" if scale > 0.1 else "RatioRescale"] == 1
     rng = np.random.default_rng(0)
     feeds = {n: rng.normal(0, scale, (1, 3, 64, 64)).astype(np.float32) for n in ("x0", "x1")}
     expected = next(iter(Session(model).run(feeds).values()))
@@ -119,7 +125,7 @@ def test_metadata_name_the_source_and_the_scales() -> None:
     model = net.model(output)
     name = next(n.name for n in model.graph.node if n.op_type == "QLinearConv")
     _, graph = lower(model)
-    node = next(n for n in graph.to_proto().graph.node if n.op_type == "DyadicRescale")
+    node = next(n for n in graph.to_proto().graph.node if n.op_type.startswith("DyadicRescale"))
     notes = {p.key: p.value for p in node.metadata_props}
     assert notes["qcompile.source"] == name
     assert (notes["qcompile.scale_x"], notes["qcompile.scale_y"]) == ("0.05", "0.02")  # the shortest that read back as float32

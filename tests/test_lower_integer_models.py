@@ -69,9 +69,9 @@ def test_files_of_digits_cnn(bits: int, tmp_path: Path) -> None:
     for model in models:
         onnx.checker.check_model(model, full_check=True)
         assert certify(model).integer_only
-    assert [len(m.functions) for m in models] == [1, 0, 1, 0][: len(paths)]
+    assert [bool(m.functions) for m in models] == [True, False, True, False][: len(paths)]
     assert {o.domain for o in models[1].opset_import} == {""}
-    assert [n.op_type for n in models[0].graph.node].count("DyadicRescale") == 7
+    assert sum(n.op_type.startswith("DyadicRescale") for n in models[0].graph.node) == 7
     assert result.report["integer_only"]["holds"]
     assert [e["kind"] for e in result.report["integer_only"]["ends"]] == ["quantise input", "dequantise output"]
     assert result.report["nodes"]["float"] == 0

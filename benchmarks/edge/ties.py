@@ -62,12 +62,13 @@ def tie_models() -> dict[str, TieModel]:
 def count_ties(model: ModelProto, feeds: Mapping[str, Array]) -> int:
     """Outputs of the rescales of an integer file that lie exactly half-way between two integers and do not saturate."""
     constants = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
-    calls = [n for n in model.graph.node if n.op_type == "DyadicRescale"]
+    calls = [n for n in model.graph.node if n.op_type.startswith("DyadicRescale")]
     sums = Interpreter(model).run(feeds, [n.input[0] for n in calls])
     ties = 0
     for call in calls:
         b, c, zero = (np.asarray(constants[n]).astype(np.int64) for n in call.input[1:4])
-        product = sums[call.input[0]].astype(np.int64) * b
+        bias = np.asarray(constants[call.input[4]] if len(call.input) > 4 else 0, np.int64)
+        product = (sums[call.input[0]].astype(np.int64) + bias) * b
         quotient, rest = np.divmod(product, np.left_shift(1, c))
         inside = (quotient + zero > 0) & (quotient + zero < 254)
         ties += int(((2 * rest == np.left_shift(1, c)) & inside & (c > 0)).sum())
