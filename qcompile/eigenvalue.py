@@ -19,7 +19,7 @@ import numpy as np
 from qcompile.divergence import FloatArray
 from qcompile.executors import Workers, result_of
 from qcompile.probing import Study
-from qcompile.torch_gradient import Gradient, one_thread
+from qcompile.torch_gradient import Gradient, one_thread, require_torch
 
 _LARGEST_STEP = 2.0**-5  # of the weights' norm, along a direction of length 1
 _SMALLEST_STEP = 2.0**-14
@@ -46,7 +46,11 @@ class Eigenvalue:
 
 
 def top_eigenvalue(study: Study, layer: int, tolerance: float = TOLERANCE, most: int = MOST) -> Eigenvalue:
-    """That of `layer`: the largest in size, of either sign. Raises ModelError where torch cannot run the model."""
+    """That of `layer`: the largest in size, of either sign.
+
+    Raises InputError where torch is missing (a cluster's workers need it too), ModelError where it cannot run the model.
+    """
+    require_torch()
     with one_thread():
         gradient = Gradient(study, layer)
         return power_iteration(gradient, gradient.weight, np.random.default_rng([study.seed, layer]), tolerance, most)
