@@ -295,6 +295,16 @@ def test_all_formats_agree_on_a_model_with_implants() -> None:
     assert len(results) == 4
 
 
+@pytest.mark.parametrize("criterion", ["l1", "hrank"])
+def test_implants_of_a_stream_that_a_folded_layer_starts(tmp_path: Path, criterion: str) -> None:
+    """The first layer is folded after it was split; the streams behind it start at a depthwise convolution."""
+    options: dict[str, Any] = {"prune_channels": 0.3, "prune_implant": 0.5, "channel_multiple": 4, "prune_criterion": criterion}
+    path = tmp_path / "m.onnx"
+    report = compile_model(MODELS / "digits_cnn.onnx", path, data=DATA, latency=False, **options).report
+    assert any(x["implanted"] for x in report["pruning"]["layers"])
+    assert report["accuracy"]["sqnr_db"] > 0
+
+
 @pytest.mark.parametrize("format_", ["qdq", "qoperator", "integer"])
 def test_a_compiled_model_with_implants(tmp_path: Path, format_: str) -> None:
     path = tmp_path / "m.onnx"
