@@ -52,12 +52,12 @@ class CutLayer:
             if name is not None:
                 moved.append(Value(name))
                 own.replace_uses(own.constants[name], moved[-1])
-        nodes = _behind(own, moved)
+        nodes = behind(own, moved)
         made = {o for n in nodes for o in n.outputs}
-        before = [t for t in _read_by(nodes) if t not in made and t not in moved]
+        before = [t for t in read_by(nodes) if t not in made and t not in moved]
         outputs = [t for t in own.outputs if isinstance(t, Value)]
-        self._cut = _values(own, before, feeds)
-        self._clean = _values(own, [t for t in outputs if t not in made], feeds)
+        self._cut = values_of(own, before, feeds)
+        self._clean = values_of(own, [t for t in outputs if t not in made], feeds)
         entries = [(v, self._cut[0][v.name].dtype) for v in before]
         entries += [(v, own.constants[v.name].array().dtype) for v in moved if isinstance(v, Value)]
         self.inputs: list[Array] = []
@@ -66,7 +66,7 @@ class CutLayer:
             self.inputs = [cut[source.name] for cut in self._cut]
             apart = Value(_READ)
             own.replace_uses(source, apart, only=lambda n: n is self.node)
-            entries = [e for e in entries if e[0] is not source or source in _read_by(nodes)]
+            entries = [e for e in entries if e[0] is not source or source in read_by(nodes)]
             entries.append((apart, self.inputs[0].dtype))
         self.entries = [v.name for v, _ in entries]
         ends = [t for t in outputs if t in made]
@@ -97,7 +97,7 @@ class CutLayer:
         return feed
 
 
-def _behind(graph: Graph, moved: Sequence[Tensor]) -> list[Node]:
+def behind(graph: Graph, moved: Sequence[Tensor]) -> list[Node]:
     """Nodes that depend on `moved`, in order."""
     graph.sort()
     found = []
@@ -109,12 +109,13 @@ def _behind(graph: Graph, moved: Sequence[Tensor]) -> list[Node]:
     return found
 
 
-def _read_by(nodes: Sequence[Node]) -> list[Value]:
+def read_by(nodes: Sequence[Node]) -> list[Value]:
+    """Computed tensors and inputs that `nodes` read, each once."""
     read = dict.fromkeys(t for n in nodes for t in (*n.inputs, *n.captured))
     return [t for t in read if isinstance(t, Value) and t.name]
 
 
-def _values(graph: Graph, wanted: Sequence[Value], feeds: Sequence[Feeds]) -> list[dict[str, Array]]:
+def values_of(graph: Graph, wanted: Sequence[Value], feeds: Sequence[Feeds]) -> list[dict[str, Array]]:
     """`wanted` of every sample, by name."""
     given = {v.name for v in graph.inputs}
     computed = [v for v in wanted if v.name not in given]
