@@ -5,6 +5,7 @@ from __future__ import annotations
 from qcompile.kernels._protocol import Kernel
 from qcompile.kernels.channel_table import ChannelTable
 from qcompile.kernels.idivide import IDivide
+from qcompile.kernels.iexp_levels import IExpLevels
 from qcompile.kernels.igelu import IGelu
 from qcompile.kernels.ilayernorm import ILayerNorm, IRmsNorm
 from qcompile.kernels.inormalise import INormalise
@@ -21,6 +22,7 @@ KERNELS: tuple[type[Kernel], ...] = (
     FusedRescale,
     IDivide,
     IExp,
+    IExpLevels,
     IGelu,
     ILayerNorm,
     INormalise,

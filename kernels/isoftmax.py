@@ -39,7 +39,7 @@ _WIDE_LEVELS_BITS = 14
 
 # z <= 31 and p in (-ln2, 0], so b + p in (0, b] and (b + p)^2 + c <= b^2 + c = the value at the maximum, which `_Polynomial`
 # checks to be below 2^31. z * ln2 <= distance < 2^31.
-_VALUE = """
+VALUE = """
     z = Div (t, ln2_)
     whole = Mul (z, ln2_)
     p = Sub (whole, t)
@@ -120,7 +120,7 @@ class _OfScores(Kernel):
         return "x, keep" if self.masked else "x"
 
     def _prefix(self) -> str:
-        return distance_text(self.masked) + _FORMS[self.polynomial.form] + _VALUE
+        return distance_text(self.masked) + _FORMS[self.polynomial.form] + VALUE
 
     def _name(self, stem: str) -> str:
         return f"I{'Masked' if self.masked else ''}{stem}{self.polynomial.form}"
@@ -179,9 +179,13 @@ class IExp(_OfScores):
 
     def lower(self) -> FunctionProto:
         """One function for each name."""
+        head = f"{self.name} <{', '.join(self.attributes())}> ({self._inputs}) => (y)"
+        return self._function(f"{head} {{ {self._prefix()} {self._result('y')} }}")
+
+    def _result(self, output: str) -> str:
+        """The lines that make u8 `output` of value_u and z."""
         # product < 2^16 * 2^12 = 2^28; z + 18 <= 28; half = product >> (z + 18) <= 510.
-        text = f"""{self.name} <{", ".join(self.attributes())}> ({self._inputs}) => (y) {{
-            {self._prefix()}
+        return f"""
             small = BitShift <direction = "RIGHT"> (value_u, guard_)
             product = Mul (small, factor_)
             shift_wide = Constant <value_int = {self._SHIFT - 1}> ()
@@ -193,8 +197,10 @@ class IExp(_OfScores):
             one = Cast <to = 12> (one_wide)
             up = Add (half, one)
             rounded = BitShift <direction = "RIGHT"> (up, one)
-            y = Cast <to = 2> (rounded)
-        }}"""
+            {output} = Cast <to = 2> (rounded)
+        """
+
+    def _function(self, text: str) -> FunctionProto:
         unsigned = {"guard": TensorProto.UINT32, "factor": TensorProto.UINT32}
         return function(text, {name: unsigned.get(name, TensorProto.INT32) for name in self.attributes()})
 

@@ -21,10 +21,17 @@ def kernel_call(
     result: Value,
     name: str,
     notes: Mapping[str, str] | None = None,
+    computed: Mapping[str, Tensor] | None = None,
 ) -> Node:
-    """Append `result = kernel(inputs)`. name: what its constants are called after; notes: the node's metadata."""
+    """Append `result = kernel(inputs)`. name: what its constants are called after; notes: the node's metadata.
+
+    computed: tensors of the graph in place of constants, by role.
+    """
     declare_kernel(graph, kernel)
-    constants = [_constant(graph, kernel, name, role, values) for role, values in kernel.constants().items()]
+    made = computed or {}
+    constants = [
+        made[role] if role in made else _constant(graph, kernel, name, role, v) for role, v in kernel.constants().items()
+    ]
     attributes: dict[str, Any] = dict(kernel.attributes())
     node = graph.node(kernel.name, [*inputs, *constants], [result], domain=DOMAIN, **attributes)
     node.name = ""  # the metadata say whose arithmetic it is

@@ -189,26 +189,33 @@ class Wides:
         fewer than 8 bits are halved first. Raises Refusal where the steps are too coarse.
         """
         y, name = self.written(quantiser), quantiser.inputs[0].name
-        result, factor = y.integers, np.asarray(1.0 if factors is None else factors, np.float64)
-        assert isinstance(result, Value)
-        finest = float(y.scale) * 2.0 ** (_LEAST_BITS - _SHIFT) / float(factor.max())
+        wide, numerators = self.numerators(wide, y, np.asarray(1.0 if factors is None else factors, np.float64), name)
+        self.graph.remove(quantiser)
+        assert isinstance(y.integers, Value)
+        self.rescale(wide, numerators, y, y.integers, name)
+
+    def numerators(self, wide: Wide, y: Narrow, factors: Array, name: str) -> tuple[Wide, Array]:
+        """(`wide`, in coarser steps where they are too fine; b of each factor, so that b / 2^16 of a step are steps of y)."""
+        finest = float(y.scale) * 2.0 ** (_LEAST_BITS - _SHIFT) / float(factors.max())
         if wide.scale < finest:
             wide = self.halved(wide, max(1, int(wide.bound * wide.scale / finest)), name)
-        steps = np.maximum(np.rint(wide.scale * factor / float(y.scale) * 2**_SHIFT), 1)
-        if steps.max() >= 2**24:
+        found = np.maximum(np.rint(wide.scale * factors / float(y.scale) * 2**_SHIFT), 1)
+        if found.max() >= 2**24:
             raise Refusal("its steps are too coarse for 8 bits")
-        self.graph.remove(quantiser)
+        return wide, found.astype(np.int64)
+
+    def rescale(self, wide: Wide, numerators: Array, y: Narrow, result: Value, name: str) -> None:
+        """`result`, 8 bits as `y` means them, of `wide` times numerators / 2^16: one, or one a channel of the last axis."""
         notes = {"scale_x": repr(wide.scale), "scale_y": str(y.scale)}
         if result.type is None:
             result.type = helper.make_tensor_type_proto(y.elem_type, wide.integers.dims)
-        b, c = common_shift((steps / 2**_SHIFT).astype(np.float32))
+        b, c = common_shift((numerators / 2**_SHIFT).astype(np.float32))
         if self.context.settings.format == "integer":
             dyadic_rescale(self.graph, wide.integers, b, c, y.zero_point, result, y.elem_type, name, notes)
             return
-        numerators = tuple(int(v) for v in b.reshape(-1))
         kind, dims = "int8" if y.signed else "uint8", wide.integers.dims or ()
         columns = dims[1] if len(dims) == 2 and isinstance(dims[1], int) else 0
-        kernel = FusedRescale(numerators, (c,) * len(numerators), y.zero_point, kind, columns=columns)
+        kernel = FusedRescale(tuple(b.reshape(-1).tolist()), (c,) * b.size, y.zero_point, kind, columns=columns)
         kernel_call(self.graph, kernel, [wide.integers], result, name, notes)
 
     def dequantise(self, wide: Wide, result: Value) -> None:

@@ -11,6 +11,8 @@ import numpy as np
 from onnx import TensorProto, helper
 
 from qcompile.graph import Graph, Node, Tensor, Value
+from qcompile.kernels._protocol import Kernel
+from qcompile.kernels.iexp_levels import IExpLevels
 from qcompile.kernels.inormalise import INormalise
 from qcompile.kernels.isoftmax import IExp, ISoftmax
 from qcompile.kernels.table_exp import TableExp
@@ -45,8 +47,7 @@ def softmax(wides: Wides, node: Node) -> None:
     name, scale, masked = output.name, scores.scale * found.factor, found.keep is not None
     result = Value(graph.fresh_name(name + "_u8"), helper.make_tensor_type_proto(TensorProto.UINT8, output.dims))
     if not graph.is_pinned(output) and all(n.op == "MatMul" and n.inputs[0] is output for n in output.consumers):
-        table = settings.kernels == "table"
-        made = in_domain(lambda: TableExp(scale, masked, scores.bound) if table else IExp(scale, masked))
+        made = in_domain(lambda: _exponential(wides, scale, masked, scores.bound))
         kernel_call(graph, made, inputs, result, name)
         wides.exponentials[output] = Exponentials(result, longest)
         return
@@ -56,6 +57,14 @@ def softmax(wides: Wides, node: Node) -> None:
     wide = wides.value(name + "_probabilities", output)
     kernel_call(graph, kernel, inputs, wide, name)
     wides.set(node, Wide(wide, kernel.output_scale, _LEVELS))
+
+
+def _exponential(wides: Wides, scale: float, masked: bool, bound: int) -> Kernel:
+    """By table; `ibert`: its arithmetic, in `qoperator`, which is for speed, once for each distance there is."""
+    settings = wides.context.settings
+    if settings.kernels == "table":
+        return TableExp(scale, masked, bound)
+    return IExpLevels(scale, masked, bound) if settings.format == "qoperator" else IExp(scale, masked)
 
 
 def _of_columns(graph: Graph, node: Node) -> bool:

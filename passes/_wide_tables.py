@@ -12,8 +12,9 @@ from qcompile.kernels._functions import Function
 from qcompile.kernels.channel_table import MOST_KINDS, ChannelTable
 from qcompile.kernels.igelu import IGelu
 from qcompile.kernels.table import Table
-from qcompile.levelled import Levelled, channel_factors, levelled
+from qcompile.levelled import Levelled, levelled
 from qcompile.passes._functions_of import function_of
+from qcompile.passes._gelu_levels import behind_factors, gelu_bound, gelu_by_levels
 from qcompile.passes._kernel_call import kernel_call
 from qcompile.passes._wide import Narrow, Refusal, Wide, Wides, in_domain
 
@@ -47,7 +48,8 @@ def by_table(wides: Wides, node: Node, source: Tensor, f: Function) -> str | Non
         except Refusal:
             note = "a scale outside i-GELU's domain: computed by table"
         else:
-            _polynomial(wides, node, kernel)
+            if wides.context.settings.format != "qoperator" or not gelu_by_levels(wides, node, kernel, x):
+                _polynomial(wides, node, kernel)
             return None
     kind = _TYPES[x.elem_type]
     if y is not None and quantiser is not None:
@@ -73,11 +75,9 @@ def by_channel_table(wides: Wides, node: Node, operand: Levelled, f: Function) -
     graph, x, output = wides.graph, wides.narrow(operand.x), node.outputs[0]
     assert x is not None
     last, after = node, np.ones(operand.factor.size)
-    reader = output.consumers[0] if len(output.consumers) == 1 and not graph.is_pinned(output) else None
-    multiplied = channel_factors(graph, reader) if reader is not None else None
-    fits = multiplied is not None and multiplied[2] == operand.axis
-    if reader is not None and multiplied is not None and fits and wides.sole_quantiser(reader.outputs[0]) is not None:
-        last, after = reader, multiplied[1]
+    multiplied = behind_factors(graph, node)
+    if multiplied is not None and multiplied[2] == operand.axis and wides.sole_quantiser(multiplied[0].outputs[0]) is not None:
+        last, after, _ = multiplied
     numbers = np.stack([operand.factor, operand.shift, after], axis=1)
     kinds, kind = np.unique(numbers, axis=0, return_inverse=True)
     if len(kinds) > MOST_KINDS:
@@ -134,5 +134,4 @@ def _polynomial(wides: Wides, node: Node, kernel: IGelu) -> None:
     wide = wides.read(node.inputs[0])
     result = wides.value(output.name + "_gelu", output)
     kernel_call(wides.graph, kernel, [wide.integers], result, output.name)
-    bound = int(np.abs(kernel.reference(np.arange(-255, 256, dtype=np.int32))).max())
-    wides.set(node, Wide(result, kernel.output_scale, bound))
+    wides.set(node, Wide(result, kernel.output_scale, gelu_bound(kernel)))

@@ -16,6 +16,7 @@ from qcompile.kernels import (
     FusedRescale,
     IDivide,
     IExp,
+    IExpLevels,
     IGelu,
     ILayerNorm,
     INormalise,
@@ -102,7 +103,7 @@ def lost_rows(kernel: ISoftmax) -> list[Array]:
 def _scored(kernel: IExp | ISoftmax | TableExp) -> Case:
     def inputs() -> list[tuple[Array, ...]]:
         rows = score_rows(kernel.scale) + wild_rows() + (lost_rows(kernel) if isinstance(kernel, ISoftmax) else [])
-        if isinstance(kernel, TableExp) and kernel.bound < 2**31:
+        if isinstance(kernel, TableExp | IExpLevels) and kernel.bound < 2**31:
             rows = [np.clip(row, -kernel.bound, kernel.bound) for row in rows]
         return with_mask(rows) if kernel.masked else [(row,) for row in rows]
 
@@ -324,6 +325,9 @@ CASES: dict[str, Case] = {
     "ISqrt": _root(False),
     "ISqrt wide": _root(True),
     **{f"IExp {s:g}": _scored(IExp(s)) for s in (2.0**-26, 1e-6, 3.9e-5, 4e-5, 3e-4, 2e-3, 2.1e-3, 0.05, 0.11, 1.0)},
+    **{f"IExpLevels {s:g}": _scored(IExpLevels(s)) for s in (2.0**-26, 3.9e-5, 4e-5, 3e-4, 2.1e-3, 0.11, 1.0)},
+    **{f"IExpLevels masked {s:g}": _scored(IExpLevels(s, True)) for s in (1e-6, 3e-4, 0.11)},
+    **{f"IExpLevels near {s:g}": _scored(IExpLevels(s, True, 2**28)) for s in (1e-6, 3e-4, 0.11)},
     **{f"IExp masked {s:g}": _scored(IExp(s, masked=True)) for s in (1e-6, 3e-4, 0.11)},
     **{f"ISoftmax {s:g}": _scored(ISoftmax(s)) for s in (2.0**-26, 1e-6, 3.9e-5, 4e-5, 3e-4, 2e-3, 2.1e-3, 0.05, 0.11, 1.0)},
     **{f"ISoftmax masked {s:g}": _scored(ISoftmax(s, masked=True)) for s in (1e-6, 3e-4, 0.11)},
