@@ -130,6 +130,7 @@ _IMPORTED: tuple[Pass, ...] = (
     QuantiseImported(),
     QuantiseEmbeddings(),
     DyadicScales(),
+    WideUnits(),
     RoundImported(),
     RoundWeights(),  # what a pass made: averages as convolutions
     IntegerBias(),
@@ -137,6 +138,7 @@ _IMPORTED: tuple[Pass, ...] = (
     CancelQdq(),
     Diagnose(),
     SumResiduals(),
+    LowerWide(),
     LowerQOperator(),
     IntegerHead(),
     LowerInteger(),

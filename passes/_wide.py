@@ -75,6 +75,7 @@ class Wides:
     context: Context
     of: dict[Tensor, Wide] = field(default_factory=dict)
     exponentials: dict[Tensor, Exponentials] = field(default_factory=dict)
+    probabilities: set[Tensor] = field(default_factory=set)  # 8 bits of a Softmax: their rows sum up to 1, and what rounding adds
     scaled: dict[Tensor, tuple[Wide, Array]] = field(default_factory=dict)  # on the way to 8 bits: times a number a channel
 
     def unit(self, tensor: Tensor) -> float | None:
@@ -87,11 +88,11 @@ class Wides:
     def narrow(self, tensor: Tensor | None) -> Narrow | None:
         """`tensor` where a DequantizeLinear of 8 bits with stored parameters, one for all, makes it."""
         node = tensor.producer if tensor is not None else None
-        return _narrow(node, node.inputs[0]) if node is not None and node.op == "DequantizeLinear" else None
+        return narrow_of(node, node.inputs[0]) if node is not None and node.op == "DequantizeLinear" else None
 
     def written(self, quantiser: Node) -> Narrow:
         """What a QuantizeLinear writes. Raises Refusal where that is not 8 bits with stored parameters, one for all."""
-        found = _narrow(quantiser, quantiser.outputs[0])
+        found = narrow_of(quantiser, quantiser.outputs[0])
         if found is None:
             raise Refusal("its result is not quantised to 8 bits by one stored scale")
         return found
@@ -232,7 +233,8 @@ class Wides:
         self.of[node.outputs[index]] = wide
 
 
-def _narrow(node: Node, integers: Tensor) -> Narrow | None:
+def narrow_of(node: Node, integers: Tensor) -> Narrow | None:
+    """`integers` as the QuantizeLinear or DequantizeLinear `node` means them; None where it has not one stored scale."""
     scale, zero = node.constant(1), node.constant(2)
     if scale is None or zero is None or zero.elem_type not in _EIGHT_BIT or scale.array().size != 1:
         return None

@@ -7,11 +7,15 @@ context = e v       int32, divided by the sum of e: the probabilities themselves
 
 from __future__ import annotations
 
+from math import ceil
+from typing import Any
+
 import numpy as np
 from onnx import TensorProto, helper
 
 from qcompile.graph import Graph, Node, Tensor, Value
 from qcompile.kernels._protocol import Kernel
+from qcompile.kernels.idivide import IDivide
 from qcompile.kernels.iexp_levels import IExpLevels
 from qcompile.kernels.inormalise import INormalise
 from qcompile.kernels.isoftmax import IExp, ISoftmax
@@ -23,6 +27,7 @@ from qcompile.passes._wide import INT32_MAX, Exponentials, Narrow, Refusal, Wide
 
 _LARGEST = 255
 _USUAL = 512  # keys; longer rows are divided first
+_MOST_KEYS = 2**15  # of attention, wherever their number is not known
 _LONGEST = 4096  # keys of a Softmax that is a result ...
 _LEVELS = 2**14  # ... and the steps of its probabilities
 
@@ -51,12 +56,44 @@ def softmax(wides: Wides, node: Node) -> None:
         kernel_call(graph, made, inputs, result, name)
         wides.exponentials[output] = Exponentials(result, longest)
         return
-    if longest is None or longest > _LONGEST:
-        raise Refusal("a Softmax that is no part of attention, over a row of unknown or too great a length")
-    kernel = in_domain(lambda: ISoftmax(scale, masked, longest, _LEVELS, wide=True))
+    quantised = _quantised(graph, output)
+    wides.probabilities.update(quantised)
     wide = wides.value(name + "_probabilities", output)
-    kernel_call(graph, kernel, inputs, wide, name)
-    wides.set(node, Wide(wide, kernel.output_scale, _LEVELS))
+    if longest is not None and longest <= _LONGEST:
+        kernel = in_domain(lambda: ISoftmax(scale, masked, longest, _LEVELS, wide=True))
+        kernel_call(graph, kernel, inputs, wide, name)
+        wides.set(node, Wide(wide, kernel.output_scale, _LEVELS))
+    elif not quantised:
+        raise Refusal("a Softmax that is no part of attention, over a row of unknown or too great a length")
+    else:
+        exponential = in_domain(lambda: _exponential(wides, scale, masked, scores.bound))
+        kernel_call(graph, exponential, inputs, result, name)
+        _divided(wides, result, wide, name)
+        wides.set(node, Wide(wide, 1 / _LEVELS, _LEVELS))
+
+
+def _quantised(graph: Graph, output: Value) -> list[Value]:
+    """What QuantizeLinears make of `output`, where nothing else reads it; a Sum of one, a shield, may stand between."""
+    if graph.is_pinned(output):
+        return []
+    readers = output.consumers
+    if len(readers) == 1 and readers[0].op == "Sum" and len(readers[0].inputs) == 1:
+        return _quantised(graph, readers[0].outputs[0])
+    return [n.outputs[0] for n in readers] if all(n.op == "QuantizeLinear" for n in readers) else []
+
+
+def _divided(wides: Wides, exponentials: Value, result: Value, name: str) -> None:
+    """int32 2^14 e / sum of the row: probabilities of rows of any length, as precise as exponentials of 8 bits are.
+
+    2^14 e < 2^22, and the sum is below 2^30 for rows of 4 million.
+    """
+    graph = wides.graph
+    wide = wides.value(name + "_wide", exponentials)
+    total = Value(graph.fresh_name(name + "_total"), helper.make_tensor_type_proto(TensorProto.INT32, None))
+    plumb(graph, "MatMulInteger", [exponentials, _column(wides, exponentials, -1, name)], total)
+    plumb(graph, "Cast", [exponentials], wide, to=TensorProto.INT32)
+    raised = wides.times(wide, np.asarray(_LEVELS), name)
+    kernel_call(graph, IDivide(1 / _LEVELS), [raised, total], result, name)
 
 
 def _exponential(wides: Wides, scale: float, masked: bool, bound: int) -> Kernel:
@@ -108,10 +145,14 @@ def product(wides: Wides, node: Node) -> None:
     if q is None:
         raise Refusal("an operand is float")
     inner = left.dims[-1] if left.dims else None
-    if not isinstance(inner, int) or inner * _LARGEST**2 > INT32_MAX:
+    if isinstance(inner, int) and inner * _LARGEST**2 <= INT32_MAX:
+        bound = inner * _LARGEST**2
+    elif q.integers in wides.probabilities and q.zero_point == 0:
+        bound = _LARGEST * (ceil(1 / float(q.scale)) + _MOST_KEYS // 2 + 1)  # sum of the row: 1, and half a step a key
+    else:
         raise Refusal("its inner dimension is unknown, so that its sum could leave int32")
     acc = _multiplied(wides, q.integers, q, v, node.outputs[0])
-    wides.set(node, Wide(acc, float(q.scale) * float(v.scale), inner * _LARGEST**2))
+    wides.set(node, Wide(acc, float(q.scale) * float(v.scale), bound))
 
 
 def _multiplied(wides: Wides, left: Tensor, q: Narrow | None, v: Narrow, output: Value) -> Value:
@@ -144,12 +185,18 @@ def _context(wides: Wides, node: Node, e: Exponentials, v: Narrow) -> None:
 
 def _ones(wides: Wides, values: Tensor, name: str) -> Tensor:
     """A column of s8 ones, as long as V [.., keys, d] is high. With u8 ones MatMulInteger takes twice as long."""
-    graph, keys = wides.graph, values.dims[-2] if values.dims else None
-    if isinstance(keys, int):
-        return graph.constant(name + "_ones", np.ones((keys, 1), np.int8))
     narrow = wides.narrow(values)
     assert narrow is not None
-    length = graph.node("Shape", [narrow.integers], [name + "_keys"], start=-2, end=-1).outputs[0]
+    return _column(wides, narrow.integers, -2, name)
+
+
+def _column(wides: Wides, integers: Tensor, axis: int, name: str) -> Tensor:
+    """[keys, 1] of s8 ones, as many as `integers` have along `axis`, counted from the end."""
+    graph, keys = wides.graph, integers.dims[axis] if integers.dims else None
+    if isinstance(keys, int):
+        return graph.constant(name + "_ones", np.ones((keys, 1), np.int8))
+    end: dict[str, Any] = {} if axis == -1 else {"end": axis + 1}
+    length = graph.node("Shape", [integers], [name + "_keys"], start=axis, **end).outputs[0]
     one = graph.constant(name + "_single", np.asarray([1], np.int64))
     shape = graph.node("Concat", [length, one], [name + "_column"], axis=0).outputs[0]
     fill = helper.make_tensor("value", TensorProto.INT8, [1], [1])

@@ -38,11 +38,13 @@ _ENDS = ("QuantizeLinear", "DequantizeLinear")
 
 @dataclass
 class WideSum:
-    """Tensors of one step. sources: the nodes that make operands (not the joining ones); constants: operands that are stored."""
+    """Tensors of one step. sources: the nodes that make operands (not the joining ones); constants: operands that are stored.
+    dequantised: what makes operands of 8 bits."""
 
     tensors: list[Value] = field(default_factory=list)
     sources: list[Node] = field(default_factory=list)
     constants: list[Const] = field(default_factory=list)
+    dequantised: list[Node] = field(default_factory=list)
     readers: list[Node] = field(default_factory=list)
 
 
@@ -77,7 +79,11 @@ def wide_sums(graph: Graph) -> list[WideSum]:
             elif is_op(node, *JOINS):
                 joined_at.add(root)
         if joins and node.outputs and _is_wide(node.outputs[0]):
-            sums[find(node.outputs[0])].constants.extend(t for t in joined(node) if isinstance(t, Const))
+            found, operands = sums[find(node.outputs[0])], list(joined(node))
+            found.constants.extend(t for t in operands if isinstance(t, Const))
+            found.dequantised.extend(
+                t.producer for t in operands if t.producer is not None and is_op(t.producer, "DequantizeLinear")
+            )
     return [found for root, found in sums.items() if root in joined_at]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import frexp
 
 import numpy as np
@@ -16,6 +17,7 @@ from qcompile.levelled import Levelled, levelled
 from qcompile.passes._functions_of import function_of
 from qcompile.passes._gelu_levels import behind_factors, gelu_bound, gelu_by_levels
 from qcompile.passes._kernel_call import kernel_call
+from qcompile.passes._match import scalar_of
 from qcompile.passes._wide import Narrow, Refusal, Wide, Wides, in_domain
 
 _TYPES: dict[int, type[np.uint8] | type[np.int8]] = {TensorProto.UINT8: np.uint8, TensorProto.INT8: np.int8}
@@ -36,7 +38,7 @@ def tabulated(wides: Wides, node: Node) -> str | None:
 
 def by_table(wides: Wides, node: Node, source: Tensor, f: Function) -> str | None:
     """`node` computes f of `source`: its 8 bits straight, where one QuantizeLinear alone reads it, else 15 bits."""
-    x, output = wides.narrow(source), node.outputs[0]
+    x, output = wides.narrow(source) or _times_number(wides, source), node.outputs[0]
     if x is None:
         raise Refusal("its input is not quantised")
     quantiser = wides.sole_quantiser(output)
@@ -65,6 +67,19 @@ def by_table(wides: Wides, node: Node, source: Tensor, f: Function) -> str | Non
     kernel_call(wides.graph, made, [x.integers], result, output.name)
     wides.set(node, Wide(result, step, max(1, int(np.abs(made.entries.astype(np.int64)).max()))))
     return note
+
+
+def _times_number(wides: Wides, source: Tensor) -> Narrow | None:
+    """A dequantised tensor times or by a positive number: its integers, the number in the scale. Erf(x / sqrt 2), written out."""
+    node = source.producer
+    if node is None or node.op not in ("Mul", "Div") or len(node.inputs) != 2:
+        return None
+    number, x = scalar_of(node.inputs[1]), wides.narrow(node.inputs[0])
+    if node.op == "Mul" and number is None:
+        number, x = scalar_of(node.inputs[0]), wides.narrow(node.inputs[1])
+    if x is None or number is None or not number > 0 or not np.isfinite(number):
+        return None
+    return replace(x, scale=np.float32(x.scale * np.float32(number) if node.op == "Mul" else x.scale / np.float32(number)))
 
 
 def by_channel_table(wides: Wides, node: Node, operand: Levelled, f: Function) -> None:

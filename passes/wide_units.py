@@ -18,6 +18,7 @@ from qcompile.context import Context
 from qcompile.graph import Array, Graph, Node
 from qcompile.passes._match import is_op
 from qcompile.passes._norms import find_rms_norms
+from qcompile.passes._wide import narrow_of
 from qcompile.passes._wide_sums import NORMS, WideSum, wide_sums
 from qcompile.plan import LinearSite
 from qcompile.rewrite import Exact, Promise, Report
@@ -52,16 +53,26 @@ class WideUnits:
 
 
 def _unit(found: WideSum, sites: dict[Node, LinearSite], rms: dict[Node, float]) -> np.float32 | None:
-    """The step of one sum, a power of two; None where all that is known of it are single numbers: one may be an epsilon."""
+    """The step of one sum, a power of two; None where all that is known of it are single numbers: one may be an epsilon.
+
+    A sum of 8-bit tensors alone has none: it is one exact operator.
+    """
     reach = [rms.get(node, largest(node, sites)) for node in found.sources]
     reach += [float(np.abs(c.array()).max(initial=0.0)) for c in found.constants if c.array().size > 1]  # tables, biases
     known: list[float] = [r for r in reach if r is not None and r > 0]
     if not known:
         return None
     known += [float(np.abs(c.array()).max(initial=0.0)) for c in found.constants]
+    known += [r for node in found.dequantised if (r := _reach_of_bytes(node)) is not None]
     # A power of two: the steps of LayerNormalization and of tables then divide it without remainder.
     unit: np.float32 = np.float32(2.0 ** (frexp(max(known))[1] - _OPERAND_BITS))
     return unit
+
+
+def _reach_of_bytes(node: Node) -> float | None:
+    """255 steps of a tensor that comes from 8 bits by one stored scale; None for anything else."""
+    found = narrow_of(node, node.inputs[0])
+    return None if found is None else 255.0 * float(found.scale)
 
 
 def largest(node: Node, sites: dict[Node, LinearSite]) -> float | None:
