@@ -15,6 +15,7 @@ from qcompile.passes._linear import linear_at
 from qcompile.passes._match import is_op
 from qcompile.passes._streams import EXCLUDED, READ, ChannelStream, Numbering
 
+GROUPED = "made by a grouped convolution, each from its own inputs"
 _ACTIVATIONS = ("Celu", "Clip", "Elu", "Gelu", "HardSigmoid", "HardSwish", "Mish", "Selu", "Sigmoid", "Softplus", "Swish", "Tanh")
 
 
@@ -34,6 +35,9 @@ class _Ordering(Numbering):
             self.depthwise[node] = self.found[node.outputs[0]] = self.inner[node] = numbers
             return
         super()._visit(node)
+        if node in self.sources and node.attr("group", 1) != 1:
+            # Its inputs stand in an order of their own, which its outputs must keep.
+            self._refuse(self.sources[node], GROUPED)
 
     def _sink(self, node: Node, read: list[Value]) -> str:
         return READ if node.op == "Conv" and node.attr("group", 1) != 1 else super()._sink(node, read)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from time import perf_counter
 
 import numpy as np
 
-from qcompile.graph import Array, Graph, Node
-from qcompile.passes._prune_budget import Step
-from qcompile.passes._prune_rules import trace
+from qcompile.graph import Array, Graph
 from qcompile.runtime import Session
 from qcompile.sessions import graph_session
 
@@ -18,11 +16,12 @@ _SECONDS = 0.02  # a turn
 
 
 def fewest_for_latency(
-    graph: Graph, keep: Callable[[Node], bool], steps: Sequence[Step], target: float, feeds: Mapping[str, Array]
+    graph: Graph, cut: Callable[[Graph, int], None], most: int, target: float, feeds: Mapping[str, Array]
 ) -> tuple[int | None, float]:
     """(the fewest steps behind which the model takes at most `target` of its time, None where none do; the least share seen).
 
-    One thread; both models in turn, medians. Found by halving: latency falls with the steps but for noise.
+    cut: does that many of `most` steps to a sorted graph with shapes. One thread; both models in turn, medians. Found by halving:
+    latency falls with the steps but for noise.
     """
     dense = graph_session(graph, threads=1)
 
@@ -30,16 +29,15 @@ def fewest_for_latency(
         copy = graph.copy()
         copy.sort()
         copy.infer_shapes()
-        found = trace(copy, keep)
-        found.remove({unit for step in steps[:count] for unit in step.units})
+        cut(copy, count)
         return _ratio(dense, graph_session(copy, threads=1), feeds)
 
-    if not steps:
+    if not most:
         return None, 1.0
-    least = share(len(steps))
+    least = share(most)
     if least > target:
         return None, least
-    failed, enough = 0, len(steps)
+    failed, enough = 0, most
     while enough - failed > 1:
         middle = (failed + enough) // 2
         if share(middle) <= target:

@@ -20,6 +20,7 @@ from qcompile.graph import Array, Graph, Node, Tensor, Value
 from qcompile.moments import rows_of
 from qcompile.passes._linear import Linear, bias_of, output_axis, with_bias, write
 from qcompile.passes._match import is_op
+from qcompile.passes._prune_implant import Part
 from qcompile.passes._prune_scores import weight_rows
 from qcompile.passes.round_weights import weight_tensor
 from qcompile.walk import Stream
@@ -67,16 +68,17 @@ class Refit:
         """The walk is behind `node`."""
         self.done.update(node.outputs)
 
-    def layer(self, node: Node, rows: Array, columns: Array) -> bool:
-        """Refit `node`, whose dense outputs `rows` and columns of K `columns` (both masks) are left. Returns whether it moved."""
-        original = self.originals[node.outputs[0].name]
+    def layer(self, part: Part) -> bool:
+        """Refit a layer from the rows and columns that it has of the dense one. Returns whether it moved."""
+        node, rows, columns = part.node, part.rows, part.columns
+        original = self.originals[part.source]
         weight, old = node.constant(1), original.constant(1)
         source, reached = original.inputs[0], node.inputs[0]
         if weight is None or old is None or not isinstance(source, Value) or not isinstance(reached, Value):
             return False
         exact, noisy = self.worlds[0].values(source), self.worlds[1].values(reached)
         same = all(a.shape == b.shape and np.array_equal(a, b) for a, b in zip(exact, noisy, strict=True))
-        if same or len(noisy) < 2 or columns.size > compensation.WIDEST:
+        if (same and not part.implant) or len(noisy) < 2 or columns.size > compensation.WIDEST:
             return False
         linear = with_bias(self.graph, node)
         bias = None if linear is None else bias_of(linear)
@@ -105,9 +107,9 @@ class Refit:
             return None
         exact, noisy = self.worlds[0].values(origin), self.worlds[1].values(skip)
         axis = 1 if linear.channel_axis == 1 else exact[0].ndim - 1
-        if exact[0].shape[axis] != rows.size or noisy[0].shape[axis] != int(rows.sum()):
+        if exact[0].shape[axis] <= int(rows.max()) or noisy[0].shape[axis] != rows.size:
             return None
-        return [np.compress(rows, x, axis=axis) for x in exact], noisy
+        return [np.take(x, rows, axis=axis) for x in exact], noisy
 
     def _folds(
         self,

@@ -8,7 +8,7 @@ removed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,6 +40,15 @@ class Slot:
     axis: int
     ids: Ids
     role: str
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What is done to units (roots of atoms): `gone` go; `implants` are moved behind the others of their group of `groups`."""
+
+    gone: frozenset[int]
+    implants: frozenset[int] = frozenset()
+    groups: tuple[frozenset[int], ...] = ()
 
 
 @dataclass
@@ -121,29 +130,34 @@ class Trace:
         return (s for s in self.slots if s.role in roles)
 
     # ---- the end ----
-    def remove(self, gone: set[int]) -> None:
-        """Take the atoms of the roots `gone` out of every constant and attribute."""
+    def cut(self, cut: Cut) -> None:
+        """Take what is gone out of every constant and attribute, and move what is moved."""
         for slot in self.slots:
-            keep = self._kept(slot.ids, gone)
-            if not keep.all():
+            places = self.places(slot.ids, cut)
+            if not np.array_equal(places, np.arange(len(slot.ids))):
                 const = slot.node.constant(slot.index)
                 assert const is not None
-                values = np.compress(keep, const.array(), axis=slot.axis)
+                values = np.take(const.array(), places, axis=slot.axis)
                 slot.node.inputs[slot.index] = self.graph.constant(const.name, values)
         for ids, change in self.resizes:
-            keep = self._kept(ids, gone)
+            keep = ~self._among(ids, cut.gone)
             if not keep.all():
                 change(keep)
         forget(self.graph)
         self.graph.cleanup()
         self.graph.infer_shapes()
 
-    def _kept(self, ids: Ids, gone: set[int]) -> npt.NDArray[np.bool_]:
-        return ~np.isin(self.roots(ids), np.fromiter(gone, np.int64, len(gone)))
+    def places(self, ids: Ids, cut: Cut) -> Ids:
+        """Where in `ids` the channels stand that are left, in their new order."""
+        places = np.flatnonzero(~self._among(ids, cut.gone))
+        for group in cut.groups:
+            own = np.flatnonzero(self._among(ids[places], group))
+            last = self._among(ids[places[own]], cut.implants)
+            places[own] = places[own[np.argsort(last, kind="stable")]]
+        return places
 
-    def kept(self, slot: Slot, gone: set[int]) -> npt.NDArray[np.bool_]:
-        """Which channels of `slot` stay."""
-        return self._kept(slot.ids, gone)
+    def _among(self, ids: Ids, units: Collection[int]) -> npt.NDArray[np.bool_]:
+        return np.isin(self.roots(ids), np.fromiter(units, np.int64, len(units)))
 
 
 def forget(graph: Graph) -> None:

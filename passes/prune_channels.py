@@ -13,23 +13,24 @@ convolutions, of weights that several nodes share, that an unknown operator read
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from qcompile.context import ChannelPruning, Context, PrunedRecord
-from qcompile.errors import InputError, ModelError
+from qcompile.errors import DataError, InputError, ModelError
 from qcompile.graph import Array, Graph, Node
 from qcompile.layer_counts import output_sizes
 from qcompile.passes._match import is_op
-from qcompile.passes._prune_budget import Costs, Fixed, Judge, Step, groups_of, layer_slots, order
+from qcompile.passes._prune_budget import Costs, Fixed, Judge, Step, groups_of, order
 from qcompile.passes._prune_hessian import hessian
+from qcompile.passes._prune_implant import Left, Part, parts_of, refusals, split, with_implants
 from qcompile.passes._prune_latency import fewest_for_latency
 from qcompile.passes._prune_refit import Refit
 from qcompile.passes._prune_rules import trace
-from qcompile.passes._prune_scores import SecondOrder, columns_of, hrank, l1
-from qcompile.passes._prune_trace import Slot, Trace
+from qcompile.passes._prune_scores import SecondOrder, hrank, l1
+from qcompile.passes._prune_trace import Cut, Trace
 from qcompile.ranges import Thinned
 from qcompile.rewrite import Lossy, Promise, Report
 
@@ -58,6 +59,8 @@ class PruneChannels:
         keep = _keeper(graph, options)
         found = trace(graph, keep)
         samples = _samples(context)
+        if options.implant and len(samples) < 2:
+            raise DataError("--prune-implant fits on one half of the samples and tries on the other; give 2 at least")
         base = _base(graph, samples[0], options.budget)
         judge = _judge(found, graph, options, samples, context.settings.seed)
         for root in {r for s in found.of_role("out") for r in found.roots(s.ids).tolist()} - judge.scores().keys():
@@ -68,17 +71,23 @@ class PruneChannels:
                 report.refuse(slot.node.label, reasons[0])
         groups = groups_of(found)
         steps = order(groups, judge, Costs(found, base, _BLOCK), options.multiple)
-        gone = {unit for step in _enough(graph, keep, steps, options, samples) for unit in step.units}
+        refused = refusals(found, groups) if options.implant else {}
+        cuts = _Cuts(steps, options.implant, options.multiple, refused, groups)
+        cut = _enough(graph, keep, cuts, Left(found, base), options, samples)
+        _count_refusals(report, found, cut, refused)
         dense = graph.copy()
         before = {slot.node: len(slot.ids) for slot in found.of_role("out")}
-        rows = {slot.node: found.kept(slot, gone) for slot in found.of_role("out")}
-        columns = _columns(found, gone)
-        found.remove(gone)
+        parts = parts_of(found, cut)
+        found.cut(cut)
+        split_parts = split(found, cut, parts)
         if options.refit:
-            _refit(graph, dense, samples, context, rows, columns)
+            _refit(graph, dense, samples, context, split_parts)
         graph.cleanup()
+        implanted = {p.source: len(p.rows) for p in split_parts if p.implant}
         context.pruned = [
-            PrunedRecord(node.label, node.op, before[node], int(mask.sum())) for node, mask in rows.items() if not mask.all()
+            PrunedRecord(p.node.label, p.node.op, before[p.node], len(p.rows) - implants, implants)
+            for p in parts
+            if len(p.rows) - (implants := implanted.get(p.source, 0)) < before[p.node]
         ]
         report.rewrites = len(context.pruned)
         return report
@@ -120,50 +129,74 @@ def _judge(found: Trace, graph: Graph, options: ChannelPruning, samples: list[di
     return Fixed(hrank(found, graph, samples)) if options.criterion == "hrank" else SecondOrder(found, graph, samples, seed)
 
 
+@dataclass(frozen=True)
+class _Cuts:
+    """What so many of the steps come to, with their share of implants."""
+
+    steps: Sequence[Step]
+    share: float
+    multiple: int
+    refused: Mapping[int, str]
+    groups: Sequence[tuple[list[int], int]]
+
+    def first(self, count: int) -> Cut:
+        """`count` steps done."""
+        return with_implants(self.steps[:count], self.share, self.multiple, self.refused, self.groups)
+
+
 def _enough(
-    graph: Graph, keep: Callable[[Node], bool], steps: list[Step], options: ChannelPruning, samples: list[dict[str, Array]]
-) -> list[Step]:
-    """The first steps that meet the budget."""
-    if options.budget == "latency":
-        count, reached = fewest_for_latency(graph, keep, steps, 1 - options.ratio, samples[0])
-    else:
-        reached = steps[-1].left if steps else 1.0
-        count = next((i + 1 for i, s in enumerate(steps) if s.left <= 1 - options.ratio), None)
-    if count is None:
-        raise ModelError(
-            f"--prune-channels {options.ratio:g}: only {1 - reached:.3f} of the {options.budget} can go; ask for less, or give a "
-            f"smaller --channel-multiple than {options.multiple}"
-        )
-    return steps[:count]
-
-
-def _columns(found: Trace, gone: set[int]) -> dict[Node, Array]:
-    """Which columns of K each reader keeps."""
-
-    def mask(slot: Slot) -> Array:
-        weight = slot.node.constant(1)
-        assert weight is not None
-        return np.asarray(found.kept(slot, gone)[columns_of(slot, np.empty(weight.dims, np.bool_))])
-
-    return {node: mask(slot) for node, slot in layer_slots(found, "in").items()}
-
-
-def _refit(
     graph: Graph,
-    dense: Graph,
+    keep: Callable[[Node], bool],
+    cuts: _Cuts,
+    left: Left,
+    options: ChannelPruning,
     samples: list[dict[str, Array]],
-    context: Context,
-    rows: dict[Node, Array],
-    columns: dict[Node, Array],
-) -> None:
+) -> Cut:
+    """The first steps that meet the budget."""
+    most, target = len(cuts.steps), 1 - options.ratio
+    if options.budget == "latency":
+
+        def do(copy: Graph, count: int) -> None:
+            found, cut = trace(copy, keep), cuts.first(count)
+            parts = parts_of(found, cut)
+            found.cut(cut)
+            split(found, cut, parts)
+
+        done, reached = fewest_for_latency(graph, do, most, target, samples[0])
+    else:
+        shares = (left.share(cuts.first(count)) for count in range(1, most + 1))
+        reached, done = 1.0, None
+        for count, share in enumerate(shares, 1):
+            reached = min(reached, share)
+            if share <= target:
+                done = count
+                break
+    if done is None:
+        fewer = f", or fewer implants than --prune-implant {options.implant:g}" if options.implant else ""
+        raise ModelError(
+            f"--prune-channels {options.ratio:g}: only {max(1 - reached, 0):.3f} of the {options.budget} can go; "
+            f"ask for less, or give a smaller --channel-multiple than {options.multiple}{fewer}"
+        )
+    return cuts.first(done)
+
+
+def _count_refusals(report: Report, found: Trace, cut: Cut, refused: Mapping[int, str]) -> None:
+    """Each layer that lost filters without a chance of an implant, with the reason."""
+    for slot in found.of_role("out"):
+        reasons = [refused[r] for r in found.roots(slot.ids).tolist() if r in cut.gone and r in refused]
+        if reasons:
+            report.refuse(slot.node.label, reasons[0])
+
+
+def _refit(graph: Graph, dense: Graph, samples: list[dict[str, Array]], context: Context, parts: Sequence[Part]) -> None:
     walk = Refit(graph, dense, samples, context.settings.seed)
+    by_node = {part.node: part for part in parts}
     for node in list(graph.nodes):
         weight = node.constant(1) if is_op(node, *_WEIGHTED) else None
-        if weight is None or node not in rows or len(weight.consumers) != 1:
+        if weight is None or node not in by_node or len(weight.consumers) != 1:
             walk.passed(node)
             continue
         if context.progress is not None:
             context.progress("refitting layers")
-        width = int(np.prod(weight.dims[1:])) if node.op == "Conv" else weight.dims[1 if node.attr("transB", 0) else 0]
-        walk.layer(node, rows[node], columns.get(node, np.ones(width, np.bool_)))
+        walk.layer(by_node[node])
         walk.passed(node)

@@ -150,6 +150,12 @@ def cli() -> None:
 @click.option("--channel-multiple", type=click.IntRange(min=1), metavar="N", help="Kept widths are multiples of N.  [8]")
 @click.option("--keep", multiple=True, metavar="NODE-OR-PATTERN", help="Layers that lose no channels; may be repeated.")
 @click.option("--no-refit", "refit", flag_value=False, default=None, help="Do not fit what is left of the weights anew.")
+@click.option(
+    "--prune-implant",
+    type=float,
+    metavar="SHARE",
+    help="Of the filters that go: become 1x1 filters, fitted anew.  [0]",
+)
 @click.option("--no-bias-correction", is_flag=True, help="Leave biases as they are.")
 @click.option("--dump-passes", type=FOLDER, metavar="DIR", help="Write the model after every pass.")
 @SEED

@@ -61,6 +61,7 @@ def mixed_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--probes", type=click.IntRange(min=8), default=128, metavar="N", help="At most so many a layer.  [128]")
 @_MAX_SECONDS
 @click.option("--no-trace", is_flag=True, help="Measure only; no Hessian.")
+@click.option("--eigenvalue", is_flag=True, help="The Hessian's top eigenvalue of each layer too, by torch's gradients.")
 @click.option("--no-activations", is_flag=True, help="Do not measure inputs of fewer bits.")
 @click.option("--exclude", multiple=True, metavar="NODE-OR-PATTERN", help="Leave nodes out; may be repeated.")
 @click.option(

@@ -44,7 +44,8 @@ class ChannelPruning:
     """How channels are removed.
 
     ratio: the share of the budget that goes; budget: params | macs | latency; criterion: l1 | hrank | hessian | second-order;
-    multiple: kept widths are multiples of it; keep: names or patterns of layers that stay; refit: weights are fitted anew.
+    multiple: kept widths are multiples of it; keep: names or patterns of layers that stay; refit: weights are fitted anew;
+    implant: the share of the filters that go in whose place a 1x1 filter is fitted.
     """
 
     ratio: float
@@ -53,6 +54,7 @@ class ChannelPruning:
     multiple: int = 8
     keep: tuple[str, ...] = ()
     refit: bool = True
+    implant: float = 0.0
 
     @staticmethod
     def keeps(name: str, pattern: str) -> bool:
@@ -62,12 +64,13 @@ class ChannelPruning:
 
 @dataclass(frozen=True)
 class PrunedRecord:
-    """A layer that lost output channels: how many it had and has."""
+    """A layer that lost filters: how many it had, how many it has, and how many more became 1x1 filters."""
 
     node: str
     op: str
     channels: int
     kept: int
+    implanted: int = 0
 
 
 @dataclass(frozen=True)

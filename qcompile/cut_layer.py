@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
+from onnx import ModelProto
 
 from qcompile.graph import Array, Graph, Node, Tensor, Value
 from qcompile.runtime import Feeds
-from qcompile.sessions import segment_session
+from qcompile.sessions import segment_model, segment_session
 
 _READ = "qcompile_layer_input"  # the layer's own input where it is fed apart from its other readers
 
@@ -50,12 +52,12 @@ class CutLayer:
             if name is not None:
                 moved.append(Value(name))
                 own.replace_uses(own.constants[name], moved[-1])
-        nodes = _behind(own, moved)
+        nodes = behind(own, moved)
         made = {o for n in nodes for o in n.outputs}
-        before = [t for t in _read_by(nodes) if t not in made and t not in moved]
+        before = [t for t in read_by(nodes) if t not in made and t not in moved]
         outputs = [t for t in own.outputs if isinstance(t, Value)]
-        self._cut = _values(own, before, feeds)
-        self._clean = _values(own, [t for t in outputs if t not in made], feeds)
+        self._cut = values_of(own, before, feeds)
+        self._clean = values_of(own, [t for t in outputs if t not in made], feeds)
         entries = [(v, self._cut[0][v.name].dtype) for v in before]
         entries += [(v, own.constants[v.name].array().dtype) for v in moved if isinstance(v, Value)]
         self.inputs: list[Array] = []
@@ -64,25 +66,38 @@ class CutLayer:
             self.inputs = [cut[source.name] for cut in self._cut]
             apart = Value(_READ)
             own.replace_uses(source, apart, only=lambda n: n is self.node)
-            entries = [e for e in entries if e[0] is not source or source in _read_by(nodes)]
+            entries = [e for e in entries if e[0] is not source or source in read_by(nodes)]
             entries.append((apart, self.inputs[0].dtype))
-        self._names = {v.name for v, _ in entries}
-        self._session = segment_session(own, nodes, entries, [t for t in outputs if t in made], threads=1)
+        self.entries = [v.name for v, _ in entries]
+        ends = [t for t in outputs if t in made]
+        self.made = [t.name for t in ends]
+        self._part = partial(segment_model, own, nodes, entries, ends)
+        self._session = segment_session(own, nodes, entries, ends, threads=1)
+
+    def model(self) -> ModelProto:
+        """What follows the layer, the layer with it: inputs `entries`, its weight and bias among them, and outputs `made`."""
+        return self._part()
 
     def run(
         self, index: int, weight: Array | None = None, bias: Array | None = None, source: Array | None = None
     ) -> dict[str, Array]:
         """The model's outputs for sample `index` with this weight, bias and layer input in place of its own."""
-        feed = {name: value for name, value in self._cut[index].items() if name in self._names}
+        return {**self._clean[index], **self._session.run(self.feed(index, weight, bias, source))}
+
+    def feed(
+        self, index: int, weight: Array | None = None, bias: Array | None = None, source: Array | None = None
+    ) -> dict[str, Array]:
+        """What the part that follows reads for sample `index`, by name."""
+        feed = {name: value for name, value in self._cut[index].items() if name in self.entries}
         feed[self.spec.weight] = self.weight if weight is None else weight
         if self.spec.bias is not None and self.bias is not None:
             feed[self.spec.bias] = self.bias if bias is None else bias
-        if _READ in self._names:
+        if _READ in self.entries:
             feed[_READ] = self.inputs[index] if source is None else source
-        return {**self._clean[index], **self._session.run(feed)}
+        return feed
 
 
-def _behind(graph: Graph, moved: Sequence[Tensor]) -> list[Node]:
+def behind(graph: Graph, moved: Sequence[Tensor]) -> list[Node]:
     """Nodes that depend on `moved`, in order."""
     graph.sort()
     found = []
@@ -94,12 +109,13 @@ def _behind(graph: Graph, moved: Sequence[Tensor]) -> list[Node]:
     return found
 
 
-def _read_by(nodes: Sequence[Node]) -> list[Value]:
+def read_by(nodes: Sequence[Node]) -> list[Value]:
+    """Computed tensors and inputs that `nodes` read, each once."""
     read = dict.fromkeys(t for n in nodes for t in (*n.inputs, *n.captured))
     return [t for t in read if isinstance(t, Value) and t.name]
 
 
-def _values(graph: Graph, wanted: Sequence[Value], feeds: Sequence[Feeds]) -> list[dict[str, Array]]:
+def values_of(graph: Graph, wanted: Sequence[Value], feeds: Sequence[Feeds]) -> list[dict[str, Array]]:
     """`wanted` of every sample, by name."""
     given = {v.name for v in graph.inputs}
     computed = [v for v in wanted if v.name not in given]

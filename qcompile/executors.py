@@ -21,6 +21,7 @@ from qcompile.errors import InputError, PassError
 from qcompile.probing import Study
 
 T = TypeVar("T")
+_PATIENCE = "10s"  # until a scheduler must have answered
 _HERE: dict[str, Study] = {}  # of a worker process: the study that it was started with
 
 
@@ -100,7 +101,7 @@ def _cluster(study: Study, address: str) -> Iterator[Workers]:
     except ImportError as error:
         raise InputError('--scheduler needs Dask; pip install "qcompile[cluster]"') from error
     try:
-        client = Client(address, timeout="10s", set_as_default=False)
+        client = Client(address, timeout=_PATIENCE, set_as_default=False)
     except (OSError, ValueError) as error:
         raise InputError(f"--scheduler {address}: no Dask scheduler answers there ({' '.join(str(error).split())})") from error
     with client:

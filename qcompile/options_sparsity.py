@@ -39,9 +39,11 @@ def pruning_of(
     multiple: int | None,
     keep: tuple[str, ...],
     refit: bool | None,
+    implant: float | None = None,
 ) -> ChannelPruning | None:
     """The options of `--prune-channels`, defaults filled in; None without it. Raises InputError where they cannot be."""
-    given = {"prune-criterion": criterion, "prune-budget": budget, "channel-multiple": multiple, "keep": keep or None}
+    given: dict[str, object] = {"prune-criterion": criterion, "prune-budget": budget, "channel-multiple": multiple}
+    given |= {"keep": keep or None, "prune-implant": implant}
     first = next((name for name, value in given.items() if value is not None), None) or ("no-refit" if refit is False else None)
     if ratio is None:
         if first is not None:
@@ -56,6 +58,10 @@ def pruning_of(
         raise InputError(f"--prune-budget {budget}: choose one of {', '.join(PRUNE_BUDGETS)}")
     if multiple is not None and multiple < 1:
         raise InputError(f"--channel-multiple {multiple}: give a whole number of at least 1")
+    if implant is not None and not 0 <= implant <= 1:
+        raise InputError(f"--prune-implant {implant:g}: give the share of pruned filters that become 1x1 filters, 0 to 1")
+    if implant and refit is False:
+        raise InputError(f"--prune-implant {implant:g}: 1x1 filters are fitted; leave --no-refit out")
     return ChannelPruning(
         ratio,
         usual.criterion if criterion is None else criterion,
@@ -63,6 +69,7 @@ def pruning_of(
         usual.multiple if multiple is None else multiple,
         keep,
         usual.refit if refit is None else refit,
+        usual.implant if implant is None else implant,
     )
 
 

@@ -102,6 +102,7 @@ def compile_model(
     channel_multiple: int | None = None,
     keep: Sequence[str] = (),
     refit: bool | None = None,
+    prune_implant: float | None = None,
     preprocess: str | None = None,
     bias_correction: bool = True,
     seed: int = 0,
@@ -128,7 +129,7 @@ def compile_model(
     sparse_storage "dense": 2:4 weights are stored with their zeros.
     prune_channels: the share of `prune_budget` (params | macs | latency) that goes with whole channels; `prune_criterion`: which
     (l1 | hrank | hessian | second-order); widths multiples of `channel_multiple`, layers in `keep` untouched; refit False:
-    weights stay.
+    weights stay; prune_implant: the share of the filters that go in whose place a 1x1 filter is fitted.
     max_drop: the largest drop of top-1 accuracy, in percentage points, that `eval_data` (with labels) must not contradict;
     min_agreement: the least share of samples that keep their class. Where a limit does not hold on one half of `eval_data`,
     layers are raised to 8 bits, then to float, until it does; the verdict is on the other half (`qcompile.fallback`).
@@ -173,7 +174,7 @@ def compile_model(
         criterion=criterion,
         sparsity_scope=sparsity_scope,
         sparse_storage=sparse_storage,
-        pruning=pruning_of(prune_channels, prune_criterion, prune_budget, channel_multiple, tuple(keep), refit),
+        pruning=pruning_of(prune_channels, prune_criterion, prune_budget, channel_multiple, tuple(keep), refit, prune_implant),
     )
     if mixing is not None:
         check_mixing(mixing, settings, has_data=data is not None)
@@ -236,7 +237,7 @@ def compile_model(
             again = partial(again, activations=narrow)
             again = partial(again, sparsity=sparsity, criterion=criterion, sparsity_scope=sparsity_scope)
             again = partial(again, prune_channels=prune_channels, prune_criterion=prune_criterion, prune_budget=prune_budget)
-            again = partial(again, channel_multiple=channel_multiple, keep=keep, refit=refit)
+            again = partial(again, channel_multiple=channel_multiple, keep=keep, refit=refit, prune_implant=prune_implant)
             again = partial(again, preprocess=preprocess, bias_correction=bias_correction, seed=seed, latency=False, nodes=nodes)
             add_targets(path, report, lambda **options: again(**options).report, progress)
     except BaseException:  # Ctrl-C too: a file that was never measured must not look like a result

@@ -18,8 +18,9 @@ def sparsity_lines(report: Mapping[str, Any]) -> Iterable[str]:
     if pruned:
         counted = sum(x["channels"] for x in pruned["layers"]), sum(x["kept"] for x in pruned["layers"])
         share = f"{pruned['ratio']:g} of the {pruned['budget']} was to go"
-        layers = len(pruned["layers"])
-        yield f"pruned by {pruned['criterion']}: {counted[0]} channels of {layers} layers became {counted[1]}; {share}"
+        layers, implanted = len(pruned["layers"]), sum(x["implanted"] for x in pruned["layers"])
+        implants = f" and {implanted} 1x1 filters" if implanted else ""
+        yield f"pruned by {pruned['criterion']}: {counted[0]} channels of {layers} layers became {counted[1]}{implants}; {share}"
     for side, counts in (report.get("complexity") or {}).items():
         costs = "".join(f", {engineering(counts[key])} {name}" for key, name in (("macs", "MACs"), ("bops", "BOPS")))
         yield f"{side}: {engineering(counts['parameters'])} weights, {engineering(counts['zeros'])} of them zero{costs}"

@@ -17,10 +17,14 @@ def print_sensitivity(found: Mapping[str, Any], out: Console) -> None:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     widths = [c["bits"] for c in found["layers"][0]["widths"]] if found["layers"] else []
     table.add_column("layer")
-    for name in ("weights", "trace", "95 % interval", "probes", *(f"KL at {b}" for b in widths)):
+    top = any(layer["eigenvalue"] is not None for layer in found["layers"])
+    eigenvalue = ("top eigenvalue",) if top else ()
+    for name in ("weights", "trace", "95 % interval", "probes", *eigenvalue, *(f"KL at {b}" for b in widths)):
         table.add_column(name, justify="right")
     for layer in found["layers"]:
-        table.add_row(layer["node"], str(layer["weights"]), *_trace(layer["trace"]), *(f"{c['kl']:.2e}" for c in layer["widths"]))
+        measured = (f"{c['kl']:.2e}" for c in layer["widths"])
+        shown = (_eigenvalue(layer["eigenvalue"]),) if top else ()
+        table.add_row(layer["node"], str(layer["weights"]), *_trace(layer["trace"]), *shown, *measured)
     out.print(table)
     if found.get("groups"):
         out.print(_groups_table(found["groups"]))
@@ -87,3 +91,9 @@ def _trace(trace: Mapping[str, Any] | None) -> tuple[str, str, str]:
         return "-", "-", "0"
     ends = "-" if trace["low"] is None else f"{trace['low']:.3g} .. {trace['high']:.3g}"
     return f"{trace['mean']:.3g}", ends, str(trace["probes"])
+
+
+def _eigenvalue(found: Mapping[str, Any] | None) -> str:
+    if found is None:
+        return "-"
+    return f"{found['value']:.3g}" + ("" if found["tight"] else " (not settled)")

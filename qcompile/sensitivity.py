@@ -12,7 +12,7 @@ import csv
 import io
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from qcompile.check import Progress
 from qcompile.context import WIDTHS
 from qcompile.cut_layer import LayerSpec
 from qcompile.divergence import LOSSES
+from qcompile.eigenvalue import Eigenvalue, eigenvalues
 from qcompile.errors import InputError
 from qcompile.executors import Workers, result_of, workers
 from qcompile.hessian import Trace, traces
@@ -61,13 +62,14 @@ class Effort:
 
 @dataclass(frozen=True)
 class LayerSensitivity:
-    """One layer. trace: None where it was not asked for or not reached in time. weights, activations: measured, by width."""
+    """One layer. trace, eigenvalue: None where not asked for or not reached in time. weights, activations: measured, by width."""
 
     spec: LayerSpec
     macs: int
     trace: Trace | None
     weights: tuple[WidthCost, ...]
     activations: tuple[WidthCost, ...] = ()
+    eigenvalue: Eigenvalue | None = None
 
     def omega(self, cost: WidthCost) -> float | None:
         """HAWQ-V2's prediction for one width; None without a trace. A trace below 0 counts as 0."""
@@ -97,6 +99,7 @@ class LayerSensitivity:
                 "step_disagreement": trace.disagreement,
                 "tight": trace.tight,
             },
+            "eigenvalue": None if self.eigenvalue is None else asdict(self.eigenvalue),
             "widths": [
                 {"bits": c.bits, "squared_error": c.squared, "omega": self.omega(c), "kl": c.kl, "noise": c.noise}
                 for c in self.weights
@@ -160,17 +163,17 @@ class Sensitivity:
         """One line a layer and width."""
         text = io.StringIO()
         out = csv.writer(text, lineterminator="\n")
-        out.writerow(
-            ["node", "op", "weights", "macs", "trace", "trace_low", "trace_high", "bits", "squared_error", "omega", "kl", "noise"]
-        )
+        curvature = ("trace", "trace_low", "trace_high", "eigenvalue")
+        out.writerow(["node", "op", "weights", "macs", *curvature, "bits", "squared_error", "omega", "kl", "noise"])
         for layer in self.layers:
             t = layer.trace
             ends = ("", "", "") if t is None else (repr(t.trace), repr(t.low), repr(t.high))
+            top = "" if layer.eigenvalue is None else repr(layer.eigenvalue.value)
             for c in layer.weights:
                 omega = layer.omega(c)
                 shown = "" if omega is None else repr(omega)
                 name = (layer.spec.node, layer.spec.op, layer.spec.weights, layer.macs)
-                out.writerow([*name, *ends, c.bits, repr(c.squared), shown, repr(c.kl), repr(c.noise)])
+                out.writerow([*name, *ends, top, c.bits, repr(c.squared), shown, repr(c.kl), repr(c.noise)])
         return text.getvalue()
 
 
@@ -198,11 +201,13 @@ def find_sensitivities(
     activations: Sequence[int] = (),
     groups: Sequence[int] = (),
     with_trace: bool = True,
+    with_eigenvalue: bool = False,
     progress: Progress | None = None,
 ) -> Sensitivity:
     """Measure every layer of the survey at each of `widths`, its input at each of `activations`, and estimate its trace.
 
-    groups: widths at which groups of activations are measured; the survey must know them.
+    groups: widths at which groups of activations are measured; the survey must know them. with_eigenvalue: the Hessian's top
+    eigenvalue of each layer too, which needs torch.
     """
     study = found.study
     count = len(study.layers)
@@ -224,9 +229,17 @@ def find_sensitivities(
                 max_seconds=effort.max_seconds,
                 progress=None if progress is None else lambda done, total: progress("estimating traces", done, total),
             )
+        tops: list[Eigenvalue | None] = [None] * count
+        if with_eigenvalue:
+            tops = eigenvalues(
+                pool,
+                count,
+                max_seconds=effort.max_seconds,
+                progress=None if progress is None else lambda done, total: progress("finding eigenvalues", done, total),
+            )
+    rows = zip(study.layers, found.macs, known, measured, inputs, tops, strict=True)
     layers = [
-        LayerSensitivity(spec, macs, trace, tuple(costs), tuple(sources))
-        for spec, macs, trace, costs, sources in zip(study.layers, found.macs, known, measured, inputs, strict=True)
+        LayerSensitivity(spec, macs, trace, tuple(costs), tuple(sources), top) for spec, macs, trace, costs, sources, top in rows
     ]
     sources = tuple(GroupSensitivity(g, tuple(costs)) for g, costs in zip(study.groups, together, strict=True))
     return Sensitivity(tuple(layers), len(study.feeds), effort.loss, sources)

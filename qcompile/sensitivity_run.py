@@ -19,6 +19,7 @@ from qcompile.options_mixed import parse_widths
 from qcompile.report_file import peak_rss_mb
 from qcompile.sensitivity import ACTIVATION_WIDTHS, SAMPLES, Effort, Sensitivity, find_sensitivities
 from qcompile.survey import survey
+from qcompile.torch_gradient import require_torch
 
 
 def model_sensitivity(
@@ -33,6 +34,7 @@ def model_sensitivity(
     max_seconds: float | None = None,
     with_trace: bool = True,
     activations: bool = True,
+    eigenvalue: bool = False,
     exclude: Sequence[str] = (),
     target: str = "any",
     preprocess: str | None = None,
@@ -45,12 +47,15 @@ def model_sensitivity(
 
     widths: of weights, as `--widths`; activations: measure each layer's input at 4, 6 and 8 bits too, and each group of
     activations that a compilation would give one width. loss: kl | noise | labels, whose Hessian; tolerance: half the trace's
-    95 % interval over it, at which a layer is done; probes: the most for a layer.
+    95 % interval over it, at which a layer is done; probes: the most for a layer. eigenvalue: find the Hessian's top eigenvalue
+    of each layer as well, with torch.
     workers, scheduler: local processes, or a Dask cluster; they change no number. Raises InputError, ModelError, DataError.
     """
     start = time.perf_counter()
     effort = Effort(samples, loss, tolerance, probes, max_seconds, workers, scheduler)
     effort.check()
+    if eigenvalue:
+        require_torch()
     settings = Settings(target=target, exclude=tuple(exclude), seed=seed)
     check_settings(settings, None, False)
     offered = [b for b in parse_widths(widths, floats=False) if b != FLOAT_BITS]
@@ -71,6 +76,7 @@ def model_sensitivity(
         activations=read,
         groups=read,
         with_trace=with_trace,
+        with_eigenvalue=eigenvalue,
         progress=progress,
     )
     report = {

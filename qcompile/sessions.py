@@ -38,7 +38,14 @@ def segment_session(
     *,
     threads: int = 0,
 ) -> Session:
-    """A session of a few linked `nodes` alone: `inputs` with their types come from outside, constants are taken along."""
+    """A session of `segment_model`."""
+    return Session(segment_model(graph, nodes, inputs, outputs), threads=threads, label=f"segment ending at '{nodes[-1].label}'")
+
+
+def segment_model(
+    graph: Graph | None, nodes: Sequence[Node], inputs: Sequence[tuple[Value, np.dtype[Any]]], outputs: Sequence[Value]
+) -> ModelProto:
+    """A few linked `nodes` alone: `inputs` with their types come from outside, constants are taken along."""
     model = ModelProto()
     if graph is None:
         model.ir_version = 10
@@ -59,4 +66,4 @@ def segment_session(
         else:
             model.graph.initializer.append(with_data(const.proto, const.directory) if is_external(const.proto) else const.proto)
             model.graph.initializer[-1].name = const.name
-    return Session(model, threads=threads, label=f"segment ending at '{nodes[-1].label}'")
+    return model

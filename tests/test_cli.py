@@ -110,6 +110,7 @@ def test_defaults_reach_the_pipeline(command: Command, pipeline: FakePipeline) -
         "channel_multiple": None,
         "keep": (),
         "refit": None,
+        "prune_implant": None,
         "preprocess": None,
         "bias_correction": True,
         "seed": 0,
@@ -142,7 +143,7 @@ def test_every_option_reaches_the_pipeline(command: Command, pipeline: FakePipel
     args += "--activations float --block 64 --symmetric --spelling portable --accuracy-level 1 "
     args += "--sparsity 0.5 --criterion wanda --sparsity-scope global --sparse-storage dense "
     args += "--prune-channels .3 --prune-criterion hrank --prune-budget latency --channel-multiple 4 "
-    args += "--keep a --keep b* --no-refit "
+    args += "--keep a --keep b* --no-refit --prune-implant 0.2 "
     args += "--no-bias-correction --dump-passes dump --seed 3 --no-latency --quiet"
     report = tmp_path / "r.json"
     status, out, err = command("m.onnx", *args.split(), "--report", report)
@@ -193,6 +194,7 @@ def test_every_option_reaches_the_pipeline(command: Command, pipeline: FakePipel
         "channel_multiple": 4,
         "keep": ("a", "b*"),
         "refit": False,
+        "prune_implant": 0.2,
         "preprocess": "imagenet",
         "bias_correction": False,
         "seed": 3,

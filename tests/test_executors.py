@@ -103,7 +103,8 @@ def test_a_worker_killed_in_mid_run_loses_nothing(cluster: Any, study: Study, tm
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_no_scheduler_at_the_address(study: Study) -> None:
+def test_no_scheduler_at_the_address(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("distributed")
+    monkeypatch.setattr("qcompile.executors._PATIENCE", "1s")
     with pytest.raises(InputError, match="no Dask scheduler answers"), workers(study, 1, "tcp://127.0.0.1:9"):
         pass

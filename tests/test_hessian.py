@@ -66,20 +66,22 @@ def quadratic_trace(w: Array, b: Array, x: Array) -> float:
     ],
 )
 def test_the_interval_covers_the_closed_form_in_90_to_99_percent_of_trials(loss: str, exact: Callable[..., float]) -> None:
-    model, w, b, x = softmax_regression(7)
-    labels = np.arange(len(x)) % 4
+    _, w, b, x = softmax_regression(7)
+    rows = x.reshape(1, len(x), -1)  # all rows in one run: 12 800 probes are as many runs
+    model = parse("g (float[n,6] x) => (float[n,4] y) { y = Gemm (x, w, b) }", w=w, b=b)
+    model.graph.node[0].name = "fc"
+    study = study_of(model, rows, loss)
+    study.labels = [np.arange(len(x)) % 4]
     wanted = exact(w, b, x)
-    study = study_of(model, x, loss, labels)
     step, _ = choose_step(study, 0)
-    values = np.array([probe(study, 0, index, step) for index in range(TRIALS * PROBES // 8)])
-    # Trials of 64 probes drawn from many: each takes its own by a seed of its own.
-    covered = 0
-    for trial in range(TRIALS):
-        drawn = np.random.default_rng(trial).choice(values, PROBES, replace=False)
-        found = estimate(drawn.tolist())
-        covered += found.low <= wanted <= found.high
+    # Each trial draws its own probes: none is used twice.
+    drawn = np.array([probe(study, 0, index, step) for index in range(TRIALS * PROBES)]).reshape(TRIALS, PROBES)
+    found = [estimate(values.tolist()) for values in drawn]
+    covered = sum(f.low <= wanted <= f.high for f in found)
     assert 0.90 * TRIALS <= covered <= 0.99 * TRIALS
-    assert np.mean(values) == pytest.approx(wanted, rel=0.03)
+    assert np.mean(drawn) == pytest.approx(wanted, rel=0.01)
+    # The trials are independent: their means scatter as single probes do, over the root of how many they are.
+    assert np.std([f.trace for f in found]) == pytest.approx(np.std(drawn) / np.sqrt(PROBES), rel=0.2)
 
 
 def test_probabilities_and_logits_give_the_same_curvature() -> None:

@@ -10,7 +10,7 @@ from passes_helpers import check_pass, floats, parse
 from qcompile.context import Context, Settings
 from qcompile.graph import Array, Graph
 from qcompile.pairing import matching_cost, pair_costs
-from qcompile.passes._orders import permutable_streams, places, slot_classes
+from qcompile.passes._orders import GROUPED, permutable_streams, places, slot_classes
 from qcompile.passes.calibrate import Calibrate
 from qcompile.passes.pair_channels import PairChannels
 
@@ -124,6 +124,20 @@ def test_channels_that_are_told_apart_stay(body: str, ends: str, reason: str) ->
     report, _ = check_pass(PairChannels(), source.to_proto(), {"x": floats(1, 4, 9, 9)})
     assert report.rewrites == 0
     assert report.skipped[reason] >= 1
+
+
+@pytest.mark.parametrize(
+    ("groups", "width"),
+    [pytest.param(16, 1, id="depthwise"), pytest.param(4, 4, id="grouped"), pytest.param(8, 2, id="grouped by two")],
+)
+def test_a_grouped_convolution_that_starts_a_stream_keeps_its_order(groups: int, width: int) -> None:
+    """Nothing is known of the order of what it reads: its outputs would be made of other inputs."""
+    text = f"""g (float[n, 16, 9, 9] x) => (float[n, 8, p, q] y) {{
+        a = Conv <group = {groups}, pads = [1, 1, 1, 1]> (x, w)  r = Relu(a)  y = Conv(r, v) }}"""
+    proto = parse(text, w=floats(16, width, 3, 3), v=floats(8, 16, 1, 1))
+    report, _ = check_pass(PairChannels(), proto, {"x": floats(2, 16, 9, 9)})
+    assert report.rewrites == 0
+    assert report.skipped[GROUPED] == 1
 
 
 @pytest.mark.parametrize(

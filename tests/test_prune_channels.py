@@ -22,6 +22,7 @@ from qcompile.options_sparsity import pruning_of
 from qcompile.passes._prune_budget import Costs, Fixed, groups_of, order
 from qcompile.passes._prune_rules import trace
 from qcompile.passes._prune_scores import l1
+from qcompile.passes._prune_trace import Cut
 from qcompile.passes.prune_channels import PruneChannels
 
 MODELS = Path(__file__).resolve().parents[1] / "models"
@@ -157,7 +158,7 @@ def test_channels_that_are_zero_change_nothing(make: Callable[[], tuple[ModelPro
     gone = {int(r) for r in found.roots(label.ids[channels])}
     assert all(found.frozen(root) is None for root in gone)
     before = sum(c.array().size for c in graph.constants.values())
-    found.remove(gone)
+    found.cut(Cut(frozenset(gone)))
     pruned = graph.to_proto()
     onnx.checker.check_model(pruned, full_check=True)
     assert sum(c.array().size for c in graph.constants.values()) < before

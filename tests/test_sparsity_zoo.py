@@ -6,10 +6,14 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
 import pytest
 
 from qcompile import compile_model
+from qcompile.certificate import certify
 from qcompile.layer_counts import count_layers, share_that_follows, totals
+from qcompile.runtime import Session
 from qcompile.sparsity import Pattern
 
 ZOO = Path(__file__).resolve().parents[2] / "shared" / "zoo"
@@ -42,3 +46,21 @@ def test_a_third_of_resnet20s_channels(tmp_path: Path) -> None:
     assert refitted + 5.0 <= plain
     before, after = (totals(count_layers(p)) for p in (ZOO / "resnet20_cifar10" / "model.onnx", tmp_path / "m.onnx"))
     assert (after["parameters"] or 0) < (before["parameters"] or 0)
+
+
+def test_implants_of_resnet20_in_integers(tmp_path: Path) -> None:
+    """The layers that are split save what the budget says, and stay exact to the pure integer model."""
+    paths = [tmp_path / f"{name}.onnx" for name in ("qdq", "integer")]
+    lost = [drop("resnet20_cifar10", p, format=p.stem, prune_channels=0.2, prune_implant=0.5) for p in paths]
+    assert lost[0] == lost[1] <= 10.0
+    before, after = (totals(count_layers(p)) for p in (ZOO / "resnet20_cifar10" / "model.onnx", paths[0]))
+    assert (after["parameters"] or 0) < (before["parameters"] or 0)
+    graph = onnx.load(paths[1])
+    assert certify(graph).integer_only
+    assert sum(n.name.endswith("_implant") for n in onnx.load(paths[0]).graph.node if n.op_type == "Conv") >= 2
+    name, random = graph.graph.input[0].name, np.random.default_rng(0)
+    feeds = [{name: random.normal(size=(1, 3, 32, 32)).astype(np.float32)} for _ in range(4)]
+    sessions = [Session(p, threads=1) for p in paths]
+    for feed in feeds:
+        first, second = (s.run(feed) for s in sessions)
+        assert all(np.array_equal(a, b) for a, b in zip(first.values(), second.values(), strict=True))
