@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from core_models import core_context, float_outputs, floats, images, model, outputs, sqnr
+from core_models import core_context, float_outputs, floats, model, outputs, sqnr
 from onnx import ModelProto
 from onnx.reference import ReferenceEvaluator
+from prune_models import CONV, FEEDS, net, pruned
 
 from qcompile import compile_model
 from qcompile.context import ChannelPruning
@@ -27,7 +28,6 @@ from qcompile.passes.prune_channels import PruneChannels
 
 MODELS = Path(__file__).resolve().parents[1] / "models"
 DATA = str(MODELS / "digits_calib.npz")
-CONV = "Conv <pads = [1, 1, 1, 1]>"
 
 
 def zero(array: Array, channels: list[int], axis: int = 0) -> Array:
@@ -220,29 +220,6 @@ def test_a_model_in_which_nothing_can_go() -> None:
     context = core_context([{"x": floats(1, 4)}], pruning=ChannelPruning(0.5, criterion="l1", refit=False))
     with pytest.raises(ModelError, match=r"--prune-channels 0.5: only 0.000 of the macs can go"):
         PruneChannels().run(Graph.from_proto(made), context)
-
-
-def net() -> ModelProto:
-    text = f"""g (float[1, 3, 8, 8] x) => (float[1, 5] y) {{
-        a = {CONV} (x, w0, b0)  r = Relu(a)  b = {CONV} (r, w1, b1)  s = Relu(b)  c = {CONV} (s, w2, b2)  t = Add(c, r)
-        u = Relu(t)        p = GlobalAveragePool(u)  f = Flatten(p)  y = Gemm(f, w3, b3) }}"""
-    weights = {f"b{i}": floats(n, seed=i + 9) / 3 for i, n in enumerate([16, 32, 16, 5])}
-    shapes = [(16, 3, 3, 3), (32, 16, 3, 3), (16, 32, 3, 3), (16, 5)]
-    return model(
-        text, **weights, **{f"w{i}": floats(*s, seed=i) * np.float32(np.prod(s[1:]) ** -0.5) for i, s in enumerate(shapes)}
-    )
-
-
-FEEDS = images(24)
-
-
-def pruned(**options: Any) -> tuple[Graph, Any]:
-    graph = Graph.from_proto(net())
-    context = core_context(FEEDS, pruning=ChannelPruning(**{"ratio": 0.3, "multiple": 4, **options}))
-    assert PruneChannels().run(graph, context).rewrites == len(context.pruned) > 0
-    onnx.checker.check_model(graph.to_proto(), full_check=True)
-    assert PruneChannels().run(graph, context).rewrites == 0
-    return graph, context.pruned
 
 
 @pytest.mark.parametrize("criterion", ["l1", "hrank", "hessian", "second-order"])

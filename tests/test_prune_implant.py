@@ -13,6 +13,7 @@ from core_models import core_context, float_outputs, floats, images, model, outp
 from exactness_helpers import assert_exact, both_formats
 from onnx import ModelProto
 from onnx.reference import ReferenceEvaluator
+from prune_models import CONV, FEEDS, net, pruned
 
 from qcompile import compile_model
 from qcompile.context import ChannelPruning
@@ -27,7 +28,6 @@ from qcompile.passes.prune_channels import PruneChannels
 
 MODELS = Path(__file__).resolve().parents[1] / "models"
 DATA = str(MODELS / "digits_calib.npz")
-CONV = "Conv <pads = [1, 1, 1, 1]>"
 
 
 def centred(weight: Array, filters: list[int]) -> Array:
@@ -175,29 +175,6 @@ def test_a_padded_shortcut_ties_channels_that_no_one_order_suits() -> None:
     reasons = refusals(found, groups_of(found))
     assert set(reasons.values()) == {"no implant: a layer that makes its channels makes others in between"}
     assert len(reasons) == 8
-
-
-def net() -> ModelProto:
-    text = f"""g (float[1, 3, 8, 8] x) => (float[1, 5] y) {{
-        a = {CONV} (x, w0, b0)  r = Relu(a)  b = {CONV} (r, w1, b1)  s = Relu(b)  c = {CONV} (s, w2, b2)  t = Add(c, r)
-        u = Relu(t)        p = GlobalAveragePool(u)  f = Flatten(p)  y = Gemm(f, w3, b3) }}"""
-    weights = {f"b{i}": floats(n, seed=i + 9) / 3 for i, n in enumerate([16, 32, 16, 5])}
-    shapes = [(16, 3, 3, 3), (32, 16, 3, 3), (16, 32, 3, 3), (16, 5)]
-    return model(
-        text, **weights, **{f"w{i}": floats(*s, seed=i) * np.float32(np.prod(s[1:]) ** -0.5) for i, s in enumerate(shapes)}
-    )
-
-
-FEEDS = images(24)
-
-
-def pruned(**options: Any) -> tuple[Graph, Any]:
-    graph = Graph.from_proto(net())
-    context = core_context(FEEDS, pruning=ChannelPruning(**{"ratio": 0.3, "multiple": 4, "implant": 0.5, **options}))
-    assert PruneChannels().run(graph, context).rewrites == len(context.pruned or []) > 0
-    onnx.checker.check_model(graph.to_proto(), full_check=True)
-    assert PruneChannels().run(graph, context).rewrites == 0
-    return graph, context.pruned
 
 
 @pytest.mark.parametrize("budget", ["macs", "params"])
