@@ -25,6 +25,7 @@ RESULT = "a result of the model keeps 8 bits"
 BRANCH = "only sums read it: 8 bits"
 UNREAD = "no integer layer reads it: 8 bits"
 WIDER = "more bits than asked for: it shares the width of tensors that Adds join"
+NARROWER = "fewer bits than usual: a node that reads it, or what Adds join with it, asks for them"
 
 
 def width_groups(graph: Graph, placement: Placement, class_of: Mapping[Tensor, ScaleClass]) -> list[WidthGroup]:
@@ -96,24 +97,25 @@ class ActivationWidths:
     used: set[str] = field(default_factory=set)
 
     def assign(self) -> list[tuple[str, str]]:
-        """Set `bits` of every class. Returns (tensor, reason) of those that have more than was asked for.
+        """Set `bits` of every class. Returns (tensor, reason) of those that have more than was asked for, or less than is usual.
 
         Raises InputError for a pattern that names nothing that reads activations in integers.
         """
         settings, notes = self.settings, []
         for group in self.groups:
-            asked = [bits for name in group.readers for bits in [self._asked(name)] if bits is not None]
-            bits = max(asked, default=settings.activation_bits)
-            least = min([settings.activation_bits, *asked])
-            if group.fixed is not None:
-                bits = 8
+            wanted = [self._asked(name) for name in group.readers]
+            asked, usual = [bits for bits in wanted if bits is not None], settings.activation_bits
+            others = len(asked) < len(wanted) or not wanted  # readers of which nothing is asked
+            bits = 8 if group.fixed is not None else max(asked, default=usual)
+            least = min([*asked, usual] if others else asked)
             for place in group.classes:
                 place.bits = bits
-            reason = group.fixed if group.fixed is not None else WIDER if asked and bits > min(asked) else None
-            if reason is not None and bits > least:
-                notes += [(place.tensors[0], reason) for place in group.classes]
+            if bits > least:
+                notes += [(place.tensors[0], group.fixed or WIDER) for place in group.classes]
+            elif others and bits < usual:
+                notes += [(place.tensors[0], NARROWER) for place in group.classes]
         for pattern, bits in settings.node_activations:
-            if pattern not in self.used:
+            if pattern not in self.used and not settings.names_float(pattern):
                 raise InputError(f"[nodes] {pattern}: activations {bits}: no such node reads activations in integers")
         return notes
 

@@ -18,10 +18,11 @@ from qcompile.graph import Array, Graph, Node, Value
 from qcompile.kernels._functions import gelu
 from qcompile.kernels.channel_table import MOST_KINDS, ChannelTable
 from qcompile.kernels.igelu import IGelu
+from qcompile.kernels.table import Table
 from qcompile.levelled import channel_factors
 from qcompile.passes._integer_sums import plumb
 from qcompile.passes._kernel_call import kernel_call
-from qcompile.passes._wide import Narrow, Wide, Wides
+from qcompile.passes._wide import Narrow, Wide, Wides, in_domain
 
 _TYPES: dict[int, type[np.uint8] | type[np.int8]] = {TensorProto.UINT8: np.uint8, TensorProto.INT8: np.int8}
 
@@ -55,6 +56,8 @@ def gelu_by_levels(wides: Wides, node: Node, kernel: IGelu, x: Narrow) -> bool:
     if quantiser is None or axis != -1 or len(np.unique(factors)) > MOST_KINDS:
         return False
     name, y, kind = node.outputs[0].name, wides.written(quantiser), _TYPES[x.elem_type]
+    scales = (float(x.scale), x.zero_point, float(y.scale), y.zero_point)
+    in_domain(lambda: Table(gelu, *scales, kind, _TYPES[y.elem_type]))  # refused before the graph is changed
     integers = np.arange(256, dtype=np.int32)[:, None] + np.iinfo(kind).min - x.zero_point
     levels = graph.constant(f"{name}_levels", integers.astype(np.int32))
     made = wides.value(f"{name}_gelu", levels)
@@ -69,7 +72,6 @@ def gelu_by_levels(wides: Wides, node: Node, kernel: IGelu, x: Narrow) -> bool:
     graph.remove(quantiser)
     wides.rescale(replace(wide, integers=columns), kinds, y, rows, name)
     plumb(graph, "Transpose", [rows], table, perm=[1, 0])
-    scales = (float(x.scale), x.zero_point, float(y.scale), y.zero_point)
     numbers = tuple((1.0, 0.0, float(b)) for b in kinds / kinds.max())
     lookup = ChannelTable(gelu, *scales, numbers, tuple(int(k) for k in kind_of.reshape(-1)), -1, kind, _TYPES[y.elem_type])
     assert isinstance(y.integers, Value)

@@ -18,16 +18,15 @@ _CHUNKS = 4  # that may go at once
 
 @dataclass(frozen=True)
 class Step:
-    """One chunk of units (roots of atoms) that goes, and what is left of the whole cost behind it, as a share."""
+    """One chunk of units (roots of atoms) that goes."""
 
     units: tuple[int, ...]
-    left: float
 
 
 class Costs:
     """MACs or parameters of all weighted layers as units go: base * kept outputs / outputs * kept inputs / inputs.
 
-    block: `saving` counts widths as the runtime does, in whole blocks; `total` counts them as they are.
+    block: `saving` counts widths as the runtime does, in whole blocks.
     """
 
     def __init__(self, trace: Trace, base: Mapping[Node, float], block: int = 1) -> None:
@@ -42,7 +41,6 @@ class Costs:
             for root in trace.roots(slot.ids).tolist():
                 self._uses.setdefault(root, Counter())[(at, side)] += 1
         self.kept = [list(pair) for pair in self.sizes]
-        self.total = sum(self.base)
 
     def saving(self, units: Sequence[int]) -> float:
         """What goes with `units`."""
@@ -51,11 +49,7 @@ class Costs:
 
     def remove(self, units: Sequence[int]) -> None:
         """Let them go."""
-        gone = self._gone(units)
-        self.total -= sum(
-            self._cost(at, (0, 0)) - self._cost(at, (gone[(at, 0)], gone[(at, 1)])) for at in {at for at, _ in gone}
-        )
-        for (at, side), count in gone.items():
+        for (at, side), count in self._gone(units).items():
             self.kept[at][side] -= count
 
     def _gone(self, units: Sequence[int]) -> Counter[tuple[int, int]]:
@@ -124,7 +118,6 @@ class Fixed:
 
 def order(groups: Sequence[tuple[list[int], int]], judge: Judge, costs: Costs, multiple: int) -> list[Step]:
     """Chunks in the order in which they go, until each group is down to one chunk. `costs` and `judge` are used up."""
-    whole = costs.total
     left = [list(units) for units, _ in groups]  # each chunk, or several at once where only they save a block
     sizes = [ceil(multiple / width) for _, width in groups]
     steps: list[Step] = []
@@ -144,7 +137,7 @@ def order(groups: Sequence[tuple[list[int], int]], judge: Judge, costs: Costs, m
         left[best] = [u for u in left[best] if u not in set(chosen)]
         costs.remove(chosen)
         judge.remove(chosen)
-        steps.append(Step(tuple(chosen), costs.total / whole))
+        steps.append(Step(tuple(chosen)))
 
 
 def layer_slots(trace: Trace, role: str) -> dict[Node, Slot]:

@@ -184,7 +184,8 @@ class Wides:
     # --- leaving ------------------------------------------------------------------------------------------------
 
     def quantise(self, wide: Wide, quantiser: Node, factors: Array | None = None) -> None:
-        """8-bit integers of `wide` in place of `quantiser`, by one dyadic rescale: the nearest b/2^16 to the ratio of the scales.
+        """8-bit integers of `wide` in place of `quantiser`, by one dyadic rescale: the nearest b/2^16 to the ratio of the scales,
+        the nearest odd b from 512 on.
 
         factors: positive numbers [channels] of the last axis that the values are multiplied by. Steps so fine that b would have
         fewer than 8 bits are halved first. Raises Refusal where the steps are too coarse.
@@ -201,8 +202,9 @@ class Wides:
         if wide.scale < finest:
             wide = self.halved(wide, max(1, int(wide.bound * wide.scale / finest)), name)
         wanted = wide.scale * factors / float(y.scale) * 2**_SHIFT
-        # An odd b of 9 bits or more has no ties, which the written-out rescale need not round then.
-        found = np.where(wanted < 2 ** (_LEAST_BITS + 1), np.maximum(np.rint(wanted), 1), 2 * np.floor(wanted / 2) + 1)
+        # An odd b of 9 bits or more has no ties, which the written-out rescale need not round then; a power of two is exact.
+        keeps = (wanted < 2 ** (_LEAST_BITS + 1)) | (np.frexp(wanted)[0] == 0.5)
+        found = np.where(keeps, np.maximum(np.rint(wanted), 1), 2 * np.floor(wanted / 2) + 1)
         if found.max() >= 2**24:
             raise Refusal("its steps are too coarse for 8 bits")
         return wide, found.astype(np.int64)

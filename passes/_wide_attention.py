@@ -148,7 +148,10 @@ def product(wides: Wides, node: Node) -> None:
     if isinstance(inner, int) and inner * _LARGEST**2 <= INT32_MAX:
         bound = inner * _LARGEST**2
     elif q.integers in wides.probabilities and q.zero_point == 0:
-        bound = _LARGEST * (ceil(1 / float(q.scale)) + _MOST_KEYS // 2 + 1)  # sum of the row: 1, and half a step a key
+        # The sum of a row: 1, half a step of the probabilities a key (2^-15), half a step of the 8 bits a key.
+        bound = _LARGEST * (ceil((1 + _MOST_KEYS / (2 * _LEVELS)) / float(q.scale)) + _MOST_KEYS // 2 + 1)
+        if bound > INT32_MAX:
+            raise Refusal("its probabilities have too fine a step for a sum of unknown length")
     else:
         raise Refusal("its inner dimension is unknown, so that its sum could leave int32")
     acc = _multiplied(wides, q.integers, q, v, node.outputs[0])

@@ -100,7 +100,7 @@ def _coarser(wides: Wides, wide: Wide, name: str) -> Wide:
 
 
 def _step(wides: Wides, output: Value, gain: float) -> float:
-    """A power of two times the unit of the sum that reads it, near 1/32 of the finest 8-bit step, gamma within 2^13 steps."""
+    """A power of two times the unit of the sum that reads it, near 1/16 of the finest 8-bit step, gamma within 2^13 steps."""
     wanted = max(min(_read_steps(wides, output), default=gain / 64) / _FINER, gain / _MOST_GAIN)
     unit = wides.unit(output)
     if unit is None:

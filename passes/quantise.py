@@ -157,7 +157,7 @@ class Inserter:
         for root, place_ in by_leader.items():
             self._range(place_, [t for t in leader if find(t) is root])
         for pattern, low, high in self.context.settings.node_ranges:
-            if pattern not in self.ranges_used:
+            if pattern not in self.ranges_used and not self.context.settings.names_float(pattern):
                 raise InputError(f"[nodes] {pattern}: range [{low:g}, {high:g}]: no quantised tensor comes from such a node")
 
     def _range(self, place_: ScaleClass, members: list[Tensor]) -> None:

@@ -182,6 +182,11 @@ class Settings:
         """The largest magnitude of an integer weight of node `name`."""
         return int(2 ** (self.bits_for(name) - 1) - 1)
 
+    def names_float(self, pattern: str) -> bool:
+        """Whether `pattern` names a node that a limit on accuracy, or mixed precision, leaves in float."""
+        chosen = {name for name, _ in (*self.raised, *self.assigned)}
+        return any(matches(name, pattern) and self.bits_for(name) == FLOAT_BITS for name in chosen)
+
     def excluded(self, name: str) -> bool:
         """Whether node `name` is to stay float."""
         patterns = any(matches(name, pattern) for pattern in self.exclude)

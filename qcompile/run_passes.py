@@ -45,7 +45,7 @@ def _run_pass(step: Pass, graph: Graph, context: Context, verifier: Verifier) ->
     seconds = time.perf_counter() - start
     ratio = None
     if report.rewrites:
-        rough = context.settings.narrow_activations
+        rough = context.settings.narrow_activations and context.plan is not None
         ratio = verifier.after(graph, step, finished=_finished(context), rough=rough)
         again = _apply(step, graph, context)
         if again.rewrites:

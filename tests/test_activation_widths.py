@@ -169,6 +169,19 @@ def test_widths_of_single_nodes(asked: dict[str, int], expected: dict[str, int])
         assert any("shares the width" in reason for reason in reports["quantise"].skipped)
 
 
+def test_others_that_read_less_than_usual_are_told() -> None:
+    _, _, reports = run_core(residual(), images(2, channels=4), until="quantise", node_activations=(("conv_2", 4),))
+    assert any("fewer bits than usual" in reason for reason in reports["quantise"].skipped)
+
+
+@pytest.mark.parametrize("pin", [{"node_activations": (("conv_2", 8),)}, {"node_ranges": (("conv_2", -1.0, 1.0),)}], ids=str)
+@pytest.mark.parametrize("chosen", ["raised", "assigned"])
+def test_what_is_asked_of_a_node_that_a_limit_leaves_in_float_is_no_mistake(pin: dict[str, Any], chosen: str) -> None:
+    _, context, _ = run_core(residual(), images(2, channels=4), until="quantise", **pin, **{chosen: (("conv_2", 32),)})
+    assert context.plan is not None
+    assert "conv_2" not in {site.node.name for site in context.plan.linears}
+
+
 def test_a_recipe_gives_single_nodes_widths(tmp_path: Path) -> None:
     nodes = {"/pointwise/*": {"activations": 4}}
     run(tmp_path / "m.onnx", nodes=nodes)
@@ -263,7 +276,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         "--activations float: bits, activations",
     ),
     "no-such-node": ({"nodes": {"nowhere": {"activations": 4}}}, "nowhere: no node of the model"),
-    "reads-none": ({"nodes": {"/residual/act/Relu": {"activations": 4}}}, "no"),
+    "reads-none": ({"nodes": {"/residual/relu/Relu": {"activations": 4}}}, "no such node reads activations"),
     "node-seven": ({"nodes": {"*": {"activations": 7}}}, "activations is 7; give one of 8, 6"),
     "node-float": ({"nodes": {"*": {"activations": "float"}}}, "write float = true"),
     "block": ({"activations": 4, "block": 32}, "--block is for weight-only"),
