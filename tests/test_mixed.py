@@ -195,6 +195,16 @@ def test_the_best_of_all_candidates_on_held_out_samples_is_kept() -> None:
     assert noise["bits"] == {"l0": 6, "l1": 4}
 
 
+@pytest.mark.parametrize(("ahead", "by"), [(0.4, "noise"), (0.6, "uniform")])
+def test_one_width_for_all_must_be_clearly_better(ahead: float, by: str) -> None:
+    def attempt(assigned: Assigned) -> Tried:
+        equal = len({bits for _, bits in assigned.weights}) == 1
+        return Tried(20.0 + ahead if equal else 20.0, 5000, sum(b for _, b in assigned.weights) / 2)
+
+    mixing = Mixing((("avg-bits", 5.0),))
+    assert mix(sensitivities(), Planner(sensitivities(), mixing, Settings(), 10_000), attempt).report["by"] == by
+
+
 def test_one_width_for_all_may_be_exactly_the_limit() -> None:
     many = sensitivities(tuple(float(i + 1) for i in range(7)))
     planner = Planner(many, Mixing((("avg-bits", 5.0),)), Settings(), 10_000)
