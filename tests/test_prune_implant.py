@@ -14,6 +14,7 @@ from exactness_helpers import assert_exact, both_formats
 from onnx import ModelProto
 from onnx.reference import ReferenceEvaluator
 from prune_models import CONV, FEEDS, net, pruned
+from runtime_marks import needs_conv_integer
 
 from qcompile import compile_model
 from qcompile.context import ChannelPruning
@@ -282,7 +283,7 @@ def test_implants_of_a_stream_that_a_folded_layer_starts(tmp_path: Path, criteri
     assert report["accuracy"]["sqnr_db"] > 0
 
 
-@pytest.mark.parametrize("format_", ["qdq", "qoperator", "integer"])
+@pytest.mark.parametrize("format_", ["qdq", "qoperator", pytest.param("integer", marks=needs_conv_integer)])
 def test_a_compiled_model_with_implants(tmp_path: Path, format_: str) -> None:
     path = tmp_path / "m.onnx"
     options: dict[str, Any] = {"data": DATA, "latency": False, "prune_channels": 0.2, "prune_implant": 0.5, "format": format_}
