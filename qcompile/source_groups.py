@@ -51,7 +51,7 @@ def source_groups(graph: Graph, context: Context, layers: Sequence[str], widths:
         read_by = tuple(name for name in group.readers if name in layers)
         if group.fixed is not None or not read_by:
             continue
-        tensors = [t for place in group.classes for t in place.tensors if not _moved(made_by.get(t))]
+        tensors = [t for place in group.classes for t in place.tensors if not _moved(made_by.get(t), place.tensors)]
         groups.append((group, SourceGroup(tuple(tensors), tuple(group.readers), read_by)))
     for bits in sorted(set(widths)):
         found = ranges_at(graph, context, [p for g, _ in groups for p in g.classes], bits)
@@ -65,6 +65,6 @@ def source_groups(graph: Graph, context: Context, layers: Sequence[str], widths:
     return [source for _, source in groups]
 
 
-def _moved(node: Node | None) -> bool:
-    """Whether data movement makes the tensor: its values are rounded where they come from."""
-    return node is not None and shares_scale(node)
+def _moved(node: Node | None, rounded: Sequence[str]) -> bool:
+    """Whether data movement makes the tensor out of `rounded` ones; behind a float one it is itself where values are rounded."""
+    return node is not None and shares_scale(node) and any(v.name in rounded for v in node.inputs)

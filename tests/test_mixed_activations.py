@@ -240,3 +240,35 @@ def test_the_table_of_sensitivities_has_the_groups(command: Command, tmp_path: P
     assert status == 0
     assert "activations of one width" not in text
     assert "groups" not in json.loads(out.read_text())["sensitivity"]
+
+
+ROWS = """g (float[n, 4, 16] x) => (float[n, 4, 8] y) {
+    a = LayerNormalization <axis = -1> (x, gain)
+    flat = Reshape (a, to_rows)
+    m = MatMul (flat, w1)
+    r = Relu (m)
+    back = Reshape (r, to_batch)
+    t = Reshape (back, to_rows)
+    l = MatMul (t, w2)
+    y = Reshape (l, to_out)
+}"""
+
+
+@pytest.mark.parametrize("widths", [None, "4,8"])
+def test_a_moved_float_is_rounded_where_it_comes_to(widths: str | None, tmp_path: Path) -> None:
+    # `flat` is rounded, but `a` is not: the group of the first layer has no tensor but one that data movement makes.
+    rng = np.random.default_rng(0)
+    w1, w2 = (rng.standard_normal(shape).astype(np.float32) / 4 for shape in ((16, 32), (32, 8)))
+    shapes = {"to_rows": [-1, 0], "to_batch": [-1, 4, 32], "to_out": [-1, 4, 8]}
+    fixed = {name: np.array(dims, np.int64) for name, dims in shapes.items()} | {"to_rows": np.array([-1, 16], np.int64)}
+    text = ROWS.replace("t = Reshape (back, to_rows)", "t = Reshape (back, to_wide)")
+    proto = parse(text, gain=np.ones(16, np.float32), w1=w1, w2=w2, to_wide=np.array([-1, 32], np.int64), **fixed)
+    path = tmp_path / "rows.onnx"
+    path.write_bytes(proto.SerializeToString())
+    np.savez(tmp_path / "x.npz", x=floats(64, 4, 16, seed=1))
+    options: dict[str, Any] = {"limit": {"bops": 0.4}, "mixed_by": "noise", "activation_widths": widths}
+    report = compile_model(path, tmp_path / "m.onnx", bits="mixed", data=str(tmp_path / "x.npz"), latency=False, **options)
+    if widths is not None:
+        groups = report.report["mixed"]["groups"]
+        assert [g["tensors"][0] for g in groups] == ["flat", "r"]
+        assert all(cost["noise"] > 0 for g in groups for cost in g["widths"])
