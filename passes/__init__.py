@@ -47,6 +47,7 @@ from qcompile.passes.sink_reshapes import SinkReshapes
 from qcompile.passes.smooth import Smooth
 from qcompile.passes.sparsify import Sparsify
 from qcompile.passes.split_heads import SplitHeads
+from qcompile.passes.store_weights import StoreWeights
 from qcompile.passes.sum_residuals import SumResiduals
 from qcompile.passes.sum_to_add import SumToAdd
 from qcompile.passes.transpose_first import TransposeFirst
@@ -90,6 +91,7 @@ PASSES: tuple[Pass, ...] = (
     SearchRanges(),
     DyadicScales(),
     WideUnits(),
+    StoreWeights(),
     RoundWeights(),
     IntegerBias(),
     RefineLayers(),

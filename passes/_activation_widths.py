@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from qcompile.context import Settings, matches
+from qcompile.context import FLOAT_BITS, Settings, matches
 from qcompile.errors import InputError
 from qcompile.graph import Graph, Node, Tensor, Value
 from qcompile.placement import Placement, clip_bounds, shares_scale
@@ -115,7 +115,7 @@ class ActivationWidths:
             elif others and bits < usual:
                 notes += [(place.tensors[0], NARROWER) for place in group.classes]
         for pattern, bits in settings.node_activations:
-            if pattern not in self.used and not settings.names_float(pattern):
+            if bits != FLOAT_BITS and pattern not in self.used and not settings.names_float(pattern):
                 raise InputError(f"[nodes] {pattern}: activations {bits}: no such node reads activations in integers")
         return notes
 

@@ -17,6 +17,7 @@ def narrow_weights(graph: Graph, context: Context) -> dict[Const, int]:
             if node.op == "MatMulInteger" and isinstance(node.inputs[1], Const):
                 asked[node.inputs[1].name] = settings.bits_for(node.name.removesuffix("_integer"))
     else:
+        asked |= context.plan.stored
         for site in context.plan.linears:
             if site.stored is not None:
                 asked[site.stored.name] = settings.bits_for(site.node.name)

@@ -11,8 +11,9 @@ from qcompile.graph import Array, Graph, Node, Tensor, Value
 
 def product_refusal(node: Node, context: Context) -> str | None:
     """None where MatMul or Gemm `node` is x W [+ C] with a constant float32 matrix W, else why it must stay float."""
-    if context.settings.excluded(node.name):
-        return "excluded by --exclude"
+    reason = context.settings.why_float(node.name)
+    if reason is not None:
+        return reason
     if node.op == "Gemm" and node.attr("transA", 0):
         return "Gemm with transA"
     weight = node.constant(1)

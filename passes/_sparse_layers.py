@@ -56,7 +56,7 @@ def sparse_layers(graph: Graph, context: Context, rule: Rule, report: Report) ->
     settings = replace(context.settings, raised=())  # a layer raised to float stays as sparse as it was
     found = []
     for node in weighted:
-        reason = "excluded by --exclude" if settings.excluded(node.name) else _refusal(graph, node, rule)
+        reason = settings.why_float(node.name) or _refusal(graph, node, rule)
         if not reason and node not in behind:
             reason = "first layer: it reads the model's input"
         if not reason and node not in before and _size(node) <= _LARGE_END * total:

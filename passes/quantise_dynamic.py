@@ -61,7 +61,7 @@ class QuantiseDynamic:
 def dynamic_refusal(node: Node, context: Context) -> str | None:
     """None where `node` becomes an integer product of dynamic activations, else why it stays float."""
     if is_op(node, "Conv", "ConvTranspose"):
-        return "excluded by --exclude" if context.settings.excluded(node.name) else _CONVOLUTION
+        return context.settings.why_float(node.name) or _CONVOLUTION
     return product_refusal(node, context)
 
 

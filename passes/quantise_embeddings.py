@@ -62,9 +62,7 @@ def table_refusal(graph: Graph, table: Const, context: Context) -> str | None:
         return "rows too short to share a scale"
     if graph.is_pinned(table) or not all(_looks_up(n, table) for n in table.consumers):
         return "the table is read by more than look-ups"
-    if any(context.settings.excluded(n.name) for n in table.consumers):
-        return "excluded by --exclude"
-    return None
+    return next((r for r in (context.settings.why_float(n.name) for n in table.consumers) if r is not None), None)
 
 
 def _looks_up(node: Node, table: Const) -> bool:

@@ -5,10 +5,10 @@
                                         sum_(o: activations a) x_lo <= z_ga where l reads group g
 
 A choice o is a pair (weight bits, activation bits); resources are bytes, bit operations, seconds, bits (HAWQ-V3, Yao et al.
-2021). A group g of activations that have one width is one more row of choices, linked with the layers that read it; a layer that
-stays float leaves it open. Solved by HiGHS (scipy's `milp`) with no gap. Ties between optimal assignments go to the one with the
-least use of all resources, each as a share of what all layers use at their widest, then to the earlier choices, so that the
-answer is the same every time.
+2021). A group g of activations that have one width (32: float, which integer weights may multiply too) is one more row of
+choices, linked with the layers that read it; a layer whose weights stay float leaves it open. Solved by HiGHS (scipy's `milp`)
+with no gap. Ties between optimal assignments go to the one with the least use of all resources, each as a share of what all
+layers use at their widest, then to the earlier choices, so that the answer is the same every time.
 """
 
 from __future__ import annotations
@@ -184,13 +184,16 @@ def _links(layers: Sequence[Options], columns: Sequence[tuple[int, int]], links:
     rows = []
     index = {x.layer: i for i, x in enumerate(layers)}
     for group, members in links.items():
-        widths = {c.activations for name in members for c in layers[index[name]].choices} - {FLOAT_BITS}
+        widths = {c.activations for name in members for c in layers[index[name]].choices if c.weights != FLOAT_BITS}
         for name in members:
             for bits in sorted(widths):
                 row = [0.0] * len(columns)
                 for j, (i, k) in enumerate(columns):
-                    if layers[i].choices[k].activations == bits and i in (index[name], index[group]):
-                        row[j] = 1.0 if i == index[name] else -1.0
+                    choice = layers[i].choices[k]
+                    if choice.activations == bits and i == index[group]:
+                        row[j] = -1.0
+                    elif choice.activations == bits and i == index[name] and choice.weights != FLOAT_BITS:
+                        row[j] = 1.0
                 rows.append(row)
     return np.array(rows)
 

@@ -28,7 +28,7 @@ def mixed_options(command: Callable[..., Any]) -> Callable[..., Any]:
     added = (
         click.option("--limit", multiple=True, metavar="NAME=VALUE", help="With --bits mixed: avg-bits, size, bops or latency."),
         _WIDTHS,
-        click.option("--activation-widths", metavar="LIST", help="Widths open to activations, such as 4,6,8.  [8]"),
+        click.option("--activation-widths", metavar="LIST", help="Widths open to activations, such as 4,8,float.  [8]"),
         click.option(
             "--mixed-by",
             type=click.Choice(["best", "noise", "kl", "hessian"]),

@@ -83,7 +83,7 @@ class Settings:
     low, high) that a user gives; the last that matches counts. raised: (node, bits) of layers that a limit on the result needs
     to have more bits than the others, `FLOAT_BITS` for float. assigned: (node, bits) that mixed precision chose; node_bits win.
     weight_only: set where activations stay float. activation_bits: the width of integer activations; node_activations: (pattern,
-    bits) of what single nodes read, of a user; assigned_activations: the same by name, of mixed precision.
+    bits) of what single nodes read, of a user, or `FLOAT_BITS`; assigned_activations: the same by name, of mixed precision.
     sparsity: `2:4` or a share such as `0.5` of weights that become zero; criterion: magnitude | wanda | obd | obs;
     sparsity_scope: layer | global, what a share is a share of; sparse_storage: compressed | dense, of 2:4 weights.
     pruning: set where channels are removed.
@@ -188,9 +188,28 @@ class Settings:
         return any(matches(name, pattern) and self.bits_for(name) == FLOAT_BITS for name in chosen)
 
     def excluded(self, name: str) -> bool:
-        """Whether node `name` is to stay float."""
+        """Whether node `name` is to compute in float."""
         patterns = any(matches(name, pattern) for pattern in self.exclude)
-        return patterns or (self.bits != FLOAT_BITS and self.bits_for(name) == FLOAT_BITS)
+        return patterns or (self.bits != FLOAT_BITS and self.bits_for(name) == FLOAT_BITS) or self.stores(name)
+
+    def why_float(self, name: str) -> str | None:
+        """Why node `name` computes in float, as reports say it; None where it need not."""
+        if not self.excluded(name):
+            return None
+        if self.stores(name):
+            return "its activations stay float: only its weights are integers"
+        chosen = any(matches(name, pattern) for pattern in self.exclude)
+        return "excluded by --exclude" if chosen else "raised to float to hold the limit"
+
+    def stores(self, name: str) -> bool:
+        """Whether node `name` multiplies float activations by weights that are stored as integers."""
+        asked = self.stores_any and self.activations_for(name) == FLOAT_BITS and self.bits_for(name) != FLOAT_BITS
+        return asked and not any(matches(name, pattern) for pattern in self.exclude)
+
+    @property
+    def stores_any(self) -> bool:
+        """Whether any node is asked to."""
+        return any(bits == FLOAT_BITS for _, bits in (*self.node_activations, *self.assigned_activations))
 
 
 def matches(name: str, pattern: str) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from qcompile.graph import Array, Const, Graph, Node, Tensor, Value
 from qcompile.runtime import Feeds, Optimisation
 from qcompile.sessions import graph_session, segment_session
 from qcompile.sparsity import Pattern, Rule, follows
-from qcompile.wiring import bits
+from qcompile.wiring import Wiring, bits
 
 _INPUT = {
     "Conv": 1, "Gemm": 1, "MatMul": 1, "ConvInteger": 1, "MatMulInteger": 1, "QLinearConv": 3, "QLinearMatMul": 3, "QGemm": 3,
@@ -108,7 +109,8 @@ def count_layers(model: str | Path, feeds: Feeds | None = None) -> list[LayerCou
     found = [(n, _weights(graph, n.inputs[_INPUT[n.op]], known)) for n in layers]
     weighted = [(n, w) for n, w in found if w is not None and w[0].ndim >= 2]
     sizes = output_sizes(graph, [n for n, _ in weighted], feeds) if feeds is not None else {}
-    return [_count(node, *weight, sizes.get(node)) for node, weight in weighted]
+    types = _Types(graph)
+    return [_count(node, *weight, sizes.get(node), types) for node, weight in weighted]
 
 
 def count_tables(model: str | Path) -> list[tuple[int, int]]:
@@ -140,7 +142,22 @@ def share_that_follows(layers: Sequence[LayerCount], rule: Rule) -> float:
     return sum(x.weights for x in able if x.follows(rule)) / total if total else 0.0
 
 
-def _count(node: Node, weight: Array, width: int, outputs: int | None) -> LayerCount:
+@dataclass
+class _Types:
+    """Element types of computed tensors, inferred when first asked for."""
+
+    graph: Graph
+
+    @cached_property
+    def wiring(self) -> Wiring:
+        return Wiring.of(self.graph.to_proto())
+
+    def is_wide(self, dequantise: Node) -> bool:
+        """Whether it turns 32-bit integers into floats, which holds more than 8 bits. (Those have no zero point.)"""
+        return dequantise.input(2) is None and self.wiring.elem_type(dequantise.inputs[0].name) == TensorProto.INT32
+
+
+def _count(node: Node, weight: Array, width: int, outputs: int | None, types: _Types) -> LayerCount:
     groups, depthwise = 1, False
     if node.op in _CONVOLUTIONS:
         matrix = np.moveaxis(weight, 1, -1).reshape(weight.shape[0], -1)
@@ -158,7 +175,7 @@ def _count(node: Node, weight: Array, width: int, outputs: int | None) -> LayerC
     source = node.inputs[0].producer
     dequantised = source is not None and source.op == "DequantizeLinear" and width < _FLOAT_BITS
     activations = _FLOAT_BITS
-    if node.op in _INTEGER or dequantised:
+    if node.op in _INTEGER or (source is not None and dequantised and not types.is_wide(source)):
         integers = source.inputs[0] if source is not None and dequantised else node.inputs[0]
         activations = clipped_bits(integers)
     return LayerCount(node.label, node.op, matrix, depthwise, groups, channels, width, activations, macs)

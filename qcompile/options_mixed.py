@@ -98,18 +98,19 @@ def parse_widths(widths: str | Sequence[int | str] | None, *, floats: bool) -> t
 
 
 def parse_activation_widths(widths: str | Sequence[int | str] | None, activations: str | int) -> tuple[int, ...]:
-    """Rising widths from `4,8` or a list; that of `--activations` without any. Raises InputError."""
+    """Rising widths from `4,8,float` or a list, 32 for float; that of `--activations` without any. Raises InputError."""
     if widths is None:
         return (activation_bits_of(activations),)
     if activations != INT8:
         raise InputError(f"--activations {activations} --activation-widths: leave --activations out, or give one width with it")
     parts = [p.strip() for p in widths.split(",")] if isinstance(widths, str) else [str(p) for p in widths]
-    allowed = tuple(map(str, WIDTHS))
+    allowed = (*map(str, WIDTHS), "float")
     for part in parts or [""]:
         if part not in allowed:
-            hint = "; layers become float by --widths" if part == "float" else ""
-            raise InputError(f"--activation-widths {part}: give some of {', '.join(allowed)} with commas between them{hint}")
-    return tuple(sorted({int(p) for p in parts}))
+            raise InputError(f"--activation-widths {part}: give some of {', '.join(allowed)} with commas between them")
+    if set(parts) == {"float"}:
+        raise InputError("--activation-widths float: no layer would compute in integers; give a width of integers with it")
+    return tuple(sorted({FLOAT_BITS if p == "float" else int(p) for p in parts}))
 
 
 def check_mixing(mixing: Mixing, settings: Settings, *, has_data: bool) -> None:
@@ -120,9 +121,11 @@ def check_mixing(mixing: Mixing, settings: Settings, *, has_data: bool) -> None:
         raise InputError("--bits mixed --activations float: widths are chosen for integer layers; leave --activations out")
     if settings.format == "integer" and FLOAT_BITS in mixing.widths:
         raise InputError("--bits mixed --format integer: no layer may stay float; give --widths without float")
+    if FLOAT_BITS in mixing.activations and settings.format == "integer":
+        raise InputError("--activation-widths float --format integer: no float may stand between the ends; leave float out")
     if settings.target == "tensorrt" and not set(mixing.widths) <= {4, 8, FLOAT_BITS}:
         raise InputError("--bits mixed --target tensorrt: it takes plain INT4 and INT8 weights; give --widths 4,8")
-    if settings.target == "tensorrt" and min(mixing.activations) < 8:
-        raise InputError("--activation-widths --target tensorrt: it takes no Clip on integers; leave it out")
+    if settings.target == "tensorrt" and set(mixing.activations) != {8}:
+        raise InputError("--activation-widths --target tensorrt: it takes activations of 8 bits alone; leave it out")
     if settings.opset is not None and settings.opset < 21 and min(mixing.widths) < 8:
         raise InputError(f"--bits mixed --opset {settings.opset}: packed weights need opset 21; leave --opset out")

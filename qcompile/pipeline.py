@@ -161,7 +161,7 @@ def compile_model(
         node_bits=single.bits,
         node_ranges=single.ranges,
         node_activations=single.activations,
-        activation_bits=narrow if mixing is None else max(mixing.activations),
+        activation_bits=narrow if mixing is None else mixing.usual_activations,
         bias_correction=bias_correction,
         inputs_as=inputs_as,
         opset=opset,

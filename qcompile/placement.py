@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from onnx import TensorProto
 
-from qcompile.context import FLOAT_BITS, Settings
+from qcompile.context import Settings
 from qcompile.graph import Const, Graph, Node, Tensor, Value
 from qcompile.kernel_operands import kernel_operands
 from qcompile.wasm_costs import REASON, slow_as_integers
@@ -222,10 +222,9 @@ def linear_refusal(node: Node, settings: Settings) -> str | None:
     """None where `node` becomes an integer kernel; "" where it is no weighted node; else the reason why it stays float."""
     if node.op not in ("Conv", "Gemm", "MatMul", "ConvTranspose"):
         return ""
-    if settings.bits_for(node.name) == FLOAT_BITS:
-        return "raised to float to hold the limit"
-    if settings.excluded(node.name):
-        return "excluded by --exclude"
+    reason = settings.why_float(node.name)
+    if reason is not None:
+        return reason
     if node.op == "ConvTranspose":
         return "ConvTranspose has no integer kernel in onnxruntime"
     weight = node.constant(1)

@@ -161,6 +161,7 @@ class Plan:
     products: list[ProductSite] = field(default_factory=list)
     clamps: list[ClampSite] = field(default_factory=list)
     groups: list[WidthGroup] = field(default_factory=list)
+    stored: dict[str, int] = field(default_factory=dict)  # bits of integers, by name, that are dequantised for float layers
     units: dict[str, float] = field(default_factory=dict)  # of tensors in wide sums, what one step is worth
     searched: bool = False
     refined: bool = False

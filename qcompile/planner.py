@@ -39,8 +39,8 @@ class Assigned:
 @dataclass(frozen=True)
 class Mixing:
     """What `--bits mixed` was asked for. limits: (name, value) of `LIMITS`; widths: open to weights, 32 for float; activations:
-    open to activations, the widest is the usual one; by: the measures whose optima are compiled; pareto: how many points of the
-    front are compiled and measured beside them."""
+    open to activations, the same, of which the widest of integers is the usual one; by: the measures whose optima are compiled;
+    pareto: how many points of the front are compiled and measured beside them."""
 
     limits: tuple[tuple[str, float], ...]
     widths: tuple[int, ...] = WIDTHS
@@ -48,6 +48,11 @@ class Mixing:
     pareto: int = 0
     effort: Effort = field(default_factory=Effort)
     activations: tuple[int, ...] = (8,)
+
+    @property
+    def usual_activations(self) -> int:
+        """The width of what no layer asks anything of."""
+        return max(bits for bits in self.activations if bits != FLOAT_BITS)
 
     @property
     def chooses_activations(self) -> bool:
@@ -115,6 +120,8 @@ class Planner:
         chosen = dict(zip((x.spec.node for x in self.layers), found.choices, strict=False))
         if all(choice.weights == FLOAT_BITS for choice in chosen.values()):
             raise InputError("the limits let every layer stay float; give a tighter --limit, or --widths without float")
+        if all(FLOAT_BITS in (choice.weights, choice.activations) for choice in chosen.values()):
+            raise InputError("the limits let every layer read float; give a --limit bops=, or --activation-widths without float")
         widths = {o.layer: c.activations for o, c in zip(known, found.choices, strict=True) if o.layer in links}
         return self._assigned(tuple((node, c.weights) for node, c in chosen.items()), widths)
 
@@ -140,6 +147,8 @@ class Planner:
             widths = {name: activations if activations in bits else bits[-1] for name, bits in open_to.items()}
             for bits in sorted((b for b in self.mixing.widths if b != FLOAT_BITS), reverse=True):
                 assigned = self._assigned(self._of_one_width(bits), widths)
+                if set(self.activation_bits(assigned).values()) == {FLOAT_BITS}:
+                    continue
                 used = self.uses(assigned)
                 used["size"] += _MARGIN / self.float_bytes
                 if all(used[name] <= limit * _ROUNDING for name, limit in limits.items()):
@@ -197,13 +206,17 @@ class Planner:
         return off
 
     def _open(self, group: GroupSensitivity) -> tuple[int, ...]:
-        """The rising widths that a group may have: a user's where one is given, the widest of several."""
+        """The rising widths that a group may have: a user's where one is given, the widest of several. Float only where no
+        integer convolution writes it: that kernel has no other result."""
         pinned = self._pinned(group)
-        return (max(pinned),) if pinned else self.mixing.activations
+        if pinned:
+            return (max(pinned),)
+        return tuple(b for b in self.mixing.activations if b != FLOAT_BITS or not group.source.convolved)
 
     def _pinned(self, group: GroupSensitivity) -> list[int]:
         pinned = [self.settings.pinned_activations(name) for name in group.source.readers]
-        return [bits for bits in pinned if bits is not None]
+        widest = 8 if group.source.convolved else FLOAT_BITS
+        return [min(bits, widest) for bits in pinned if bits is not None]
 
     def _options(self, index: int, layer: LayerSensitivity, measure: str) -> Options | None:
         asked = self.settings.pinned(layer.spec.node)
@@ -246,7 +259,8 @@ class Planner:
             "bops": layer.macs * bits * choice.activations / (self.macs * 64),
         }
         if self.times is not None:
-            row = self.times.floating if bits == FLOAT_BITS else self.times.integer
+            # Integers that multiply floats run as float32; that they are dequantised at every run is left out.
+            row = self.times.floating if FLOAT_BITS in (bits, choice.activations) else self.times.integer
             found["latency"] = row[index] / self.times.whole
         return found
 

@@ -68,7 +68,7 @@ def _activation_lines(mixed: Mapping[str, Any]) -> Iterator[str]:
     counts: dict[int, int] = {}
     for layer in mixed["layers"]:
         counts[layer["activation_bits"]] = counts.get(layer["activation_bits"], 0) + 1
-    if set(counts) - {8, _FLOAT}:
+    if any(layer["activation_bits"] != 8 and layer["bits"] != _FLOAT for layer in mixed["layers"]):
         spread = ", ".join(f"{n} x {'float' if b == _FLOAT else f'{b} bits'}" for b, n in sorted(counts.items()))
         yield f"activations that layers read: {spread}"
     layers = {layer["node"] for layer in mixed["layers"]}
@@ -76,7 +76,8 @@ def _activation_lines(mixed: Mapping[str, Any]) -> Iterator[str]:
         tied = [name for name in group["read_by"] if name in layers]
         if len(tied) > 1:
             more = f" ... {tied[-1]}" if len(tied) > 2 else f", {tied[-1]}"
-            yield f"  one width, {group['bits']} bits, for {len(tied)} layers: {tied[0]}{more}"
+            width = "float" if group["bits"] == _FLOAT else f"{group['bits']} bits"
+            yield f"  one width, {width}, for {len(tied)} layers: {tied[0]}{more}"
 
 
 def _correlation(found: Mapping[str, Any]) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from onnx import ModelProto, TensorProto, helper
 
+from qcompile.context import FLOAT_BITS
 from qcompile.cut_layer import CutLayer, LayerSpec
 from qcompile.divergence import Divergence, noise
 from qcompile.graph import Array, Graph, Value
@@ -192,7 +193,8 @@ def measure_sources(study: Study, layer: int, widths: tuple[int, ...]) -> list[W
 
 
 def measure_group(study: Study, group: int, widths: tuple[int, ...]) -> list[WidthCost]:
-    """The model with only the tensors of one group rounded to each of `widths`, on the samples that others are judged on.
+    """The model with only the tensors of one group rounded to each of `widths` (32: not at all), on the samples that others are
+    judged on.
 
     `squared` is 0: it is not asked for.
     """
@@ -206,6 +208,9 @@ def measure_group(study: Study, group: int, widths: tuple[int, ...]) -> list[Wid
     clean = [plain.run(study.feeds[index]) for index in held_out]
     found = []
     for bits in widths:
+        if bits == FLOAT_BITS:
+            found.append(WidthCost(bits, 0.0, 0.0, 0.0))
+            continue
         steps = {f"{_ROUNDED}{field}{i}": getattr(s, field) for i, s in enumerate(source.steps[bits]) for field in _STEP}
         given = {name: np.asarray(value, np.float32) for name, value in steps.items()}
         kl = energy = signal = 0.0

@@ -13,7 +13,7 @@
     [nodes."/head/Gemm"]
     float = true             # stays float
     [nodes."/conv3/Conv"]
-    activations = 4          # bits of what it reads: 8, 6, 5, 4, 3 or 2
+    activations = 4          # bits of what it reads: 8, 6, 5, 4, 3 or 2; "float": only its weights are stored in fewer bits
     range = [-1.0, 6.0]      # of its output (a Relu behind it included), or of the graph input of that name
 
 Keys are the names of the options, with `-` or `_`; paths are relative to the working directory. A report holds the same under
@@ -31,7 +31,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from qcompile.context import WIDTHS
+from qcompile.context import FLOAT_BITS, WIDTHS
 from qcompile.errors import InputError
 from qcompile.samples import closest
 
@@ -136,9 +136,11 @@ def node_settings(nodes: Mapping[str, Any], origin: str = "nodes") -> NodeSettin
             if table["float"] and len(table) > 1:
                 raise InputError(f"{where}: float goes with neither bits, activations nor range")
             exclude += [pattern] if table["float"] else []
-        for key, found in (("bits", bits), ("activations", activations)):
-            if key in table:
-                found.append((pattern, _width(table[key], f"{where}: {key}")))
+        if "bits" in table:
+            bits.append((pattern, _width(table["bits"], f"{where}: bits")))
+        if "activations" in table:
+            kept = table["activations"] == "float"
+            activations.append((pattern, FLOAT_BITS if kept else _width(table["activations"], f"{where}: activations")))
         if "range" in table:
             ranges.append((pattern, *_range(table["range"], where)))
     return NodeSettings(tuple(bits), tuple(exclude), tuple(ranges), tuple(activations))
@@ -170,7 +172,8 @@ def _check_keys(given: Iterable[Any], known: Iterable[str], message: str) -> Non
 def _width(value: Any, where: str) -> int:
     if value not in WIDTHS or isinstance(value, bool):
         hint = "; for a layer that stays float write float = true" if value == "float" else ""
-        raise InputError(f"{where} is {value!r}; give one of {', '.join(map(str, WIDTHS[::-1]))}{hint}")
+        allowed = ", ".join(map(str, WIDTHS[::-1])) + (', or "float"' if where.endswith("activations") else "")
+        raise InputError(f"{where} is {value!r}; give one of {allowed}{hint}")
     return int(value)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from qcompile.context import Context
+from qcompile.context import FLOAT_BITS, Context
 from qcompile.graph import Graph, Node
 from qcompile.passes.search_ranges import ranges_at
 from qcompile.placement import shares_scale
@@ -25,12 +25,14 @@ class Step:
 @dataclass(frozen=True)
 class SourceGroup:
     """tensors: of the float model, those that are rounded; readers: all integer nodes that read one of them; layers: those of
-    them that have weights. steps: by width, one a tensor."""
+    them that have weights. convolved: an integer convolution writes one of them, so that they are integers whoever reads them.
+    steps: by width, one a tensor."""
 
     tensors: tuple[str, ...]
     readers: tuple[str, ...]
     layers: tuple[str, ...]
     steps: dict[int, tuple[Step, ...]] = field(default_factory=dict)
+    convolved: bool = False
 
     @property
     def name(self) -> str:
@@ -46,14 +48,16 @@ def source_groups(graph: Graph, context: Context, layers: Sequence[str], widths:
     plan = context.plan
     assert plan is not None
     made_by = {v.name: v.producer for v in graph.values()}
+    written = {site.result for site in plan.linears if site.node.op == "Conv"}
     groups: list[tuple[WidthGroup, SourceGroup]] = []
     for group in plan.groups:
         read_by = tuple(name for name in group.readers if name in layers)
         if group.fixed is not None or not read_by:
             continue
         tensors = [t for place in group.classes for t in place.tensors if not _moved(made_by.get(t), place.tensors)]
-        groups.append((group, SourceGroup(tuple(tensors), tuple(group.readers), read_by)))
-    for bits in sorted(set(widths)):
+        convolved = not written.isdisjoint(group.classes)
+        groups.append((group, SourceGroup(tuple(tensors), tuple(group.readers), read_by, convolved=convolved)))
+    for bits in sorted({*widths} - {FLOAT_BITS}):
         found = ranges_at(graph, context, [p for g, _ in groups for p in g.classes], bits)
         kind = context.activations.narrowed(bits)
         for group, source in groups:

@@ -14,11 +14,9 @@ import numpy as np
 from qcompile.context import FLOAT_BITS
 from qcompile.cut_layer import CutLayer
 from qcompile.graph import Array
-from qcompile.lattice import Grid, round_on_lattice
 from qcompile.moments import input_covariance
+from qcompile.passes._linear_rounding import LinearRounding, reduction
 from qcompile.passes.quantise_embeddings import round_rows
-from qcompile.passes.round_weights import weight_matrix, weight_tensor
-from qcompile.qparams import quantise_weight
 from qcompile.rounding import WIDEST
 from qcompile.walk import linear_mean, mean_of
 
@@ -76,37 +74,18 @@ class _Linear:
     """Conv, Gemm or MatMul: its matrix, and the covariance of what it reads."""
 
     def __init__(self, layer: CutLayer, inputs: Sequence[Array], seed: int, candidates: int) -> None:
-        self.layer, self.candidates = layer, candidates
-        spec, node, weight = layer.spec, layer.node, layer.weight
-        self.matrix = weight_matrix(weight, spec.op, spec.axis).astype(np.float64)
-        groups = int(node.attr("group", 1)) if spec.op == "Conv" else 1
-        self.grouped = self.matrix.reshape(groups, -1, self.matrix.shape[1])
+        self.layer, spec = layer, layer.spec
         self.means = mean_of(inputs)
-        self.covariance = None
-        if self.matrix.shape[1] <= WIDEST:
-            self.covariance = input_covariance(node, weight.shape, inputs, len(inputs), seed)
+        covariance = None
+        if reduction(layer.weight, spec.op, spec.axis) <= WIDEST:
+            covariance = input_covariance(layer.node, layer.weight.shape, inputs, len(inputs), seed)
+        groups = int(layer.node.attr("group", 1)) if spec.op == "Conv" else 1
+        self.rounding = LinearRounding(layer.weight, spec.op, spec.axis, groups, covariance, candidates, paired=spec.paired)
 
     def narrow(self, bits: int) -> Narrowed:
-        spec, layer, top = self.layer.spec, self.layer, 2 ** (bits - 1) - 1
-        paired = spec.paired
-        importance = None
-        if self.covariance is not None:
-            variance = np.einsum("gkk->gk", self.covariance)
-            repeats = self.grouped.shape[1]
-            importance = np.repeat(variance + 1e-3 * max(float(variance.mean()), 1e-30), repeats, axis=0)
-        plain = quantise_weight(self.matrix, np.float32(1), None, pair_rule=paired, importance=importance, top=top)
-        integers, scale = plain.values, plain.scale
-        nearest = integers * scale[:, None].astype(np.float64)
-        if self.covariance is not None:
-            grid = Grid(np.float32(1), None, paired, top, candidates=self.candidates if bits < 8 else 0)
-            steps = scale.reshape(self.grouped.shape[:2])
-            least = np.zeros(steps.shape) + 2.0**-80
-            better, steps = round_on_lattice(self.grouped, steps, self.covariance, least, grid)
-            integers, scale = better.reshape(integers.shape), steps.reshape(-1)
-        matrix = integers * scale[:, None].astype(np.float64)
-        weight = weight_tensor(matrix, layer.weight.shape, spec.op, spec.axis).astype(np.float32)
-        bias = layer.bias
+        layer, rounded = self.layer, self.rounding.round(bits)
+        weight, bias = rounded.dequantised(), layer.bias
         if bias is not None:
             lost = linear_mean(layer.node, layer.weight, self.means) - linear_mean(layer.node, weight, self.means)
             bias = (bias.astype(np.float64) + lost.reshape(bias.shape)).astype(np.float32)
-        return Narrowed(bits, weight, bias, float(np.square(nearest - self.matrix).sum()))
+        return Narrowed(bits, weight, bias, rounded.squared)

@@ -278,7 +278,6 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no-such-node": ({"nodes": {"nowhere": {"activations": 4}}}, "nowhere: no node of the model"),
     "reads-none": ({"nodes": {"/residual/relu/Relu": {"activations": 4}}}, "no such node reads activations"),
     "node-seven": ({"nodes": {"*": {"activations": 7}}}, "activations is 7; give one of 8, 6"),
-    "node-float": ({"nodes": {"*": {"activations": "float"}}}, "write float = true"),
     "block": ({"activations": 4, "block": 32}, "--block is for weight-only"),
 }
 

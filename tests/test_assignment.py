@@ -133,7 +133,8 @@ def linked_programs(draw: st.DrawFn) -> tuple[list[Options], dict[str, float], d
     pairs = [Choice(w, a) for w in (2, 8) for a in (4, 8)]
     layers = []
     for i in range(count):
-        choices = [*pairs, Choice(32, 32)] if draw(st.booleans()) else pairs
+        choices = [*pairs, Choice(32, 32)] if draw(st.booleans()) else list(pairs)
+        choices += [Choice(2, 32), Choice(8, 32)] if draw(st.booleans()) else []
         costs = tuple(float(draw(whole)) for _ in choices)
         layers.append(Options(f"l{i}", tuple(choices), costs, {"bops": tuple(float(c.weights * c.activations) for c in choices)}))
     split = draw(st.integers(1, count))
@@ -143,9 +144,8 @@ def linked_programs(draw: st.DrawFn) -> tuple[list[Options], dict[str, float], d
         if members
     }
     for name in links:
-        layers.append(
-            Options(name, (Choice(32, 4), Choice(32, 8)), tuple(float(draw(whole)) for _ in "48"), {"bops": (0.0, 0.0)})
-        )
+        open_to = tuple(Choice(32, a) for a in (4, 8, 32))
+        layers.append(Options(name, open_to, tuple(float(draw(whole)) for _ in open_to), {"bops": (0.0,) * 3}))
     ties = [["l0", f"l{count - 1}"]] if draw(st.booleans()) else []
     return layers, {"bops": float(draw(st.integers(0, 70 * count)))}, links, ties
 
@@ -160,7 +160,7 @@ def test_groups_of_activations_against_brute_force(
     best = None
     for picked in itertools.product(*(x.choices for x in layers)):
         chosen = dict(zip((x.layer for x in layers), picked, strict=True))
-        if any(chosen[n].activations not in (32, chosen[g].activations) for n, g in group_of.items()):
+        if any(chosen[n].weights != 32 and chosen[n].activations != chosen[g].activations for n, g in group_of.items()):
             continue
         if any(len({chosen[n].weights for n in group}) > 1 for group in ties):
             continue
@@ -175,4 +175,4 @@ def test_groups_of_activations_against_brute_force(
     found = solve(layers, limits, ties, links=links)
     assert found.cost == pytest.approx(best, rel=1e-9, abs=1e-9)
     chosen = dict(zip((x.layer for x in layers), found.choices, strict=True))
-    assert all(chosen[n].activations in (32, chosen[g].activations) for n, g in group_of.items())
+    assert all(chosen[n].weights == 32 or chosen[n].activations == chosen[g].activations for n, g in group_of.items())
