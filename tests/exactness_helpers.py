@@ -94,6 +94,23 @@ def assert_exact(
     return results
 
 
+def assert_file_exact(path: Path, form: str, feeds: Iterable[Feeds]) -> None:
+    """The file equals the integer interpreter in onnxruntime, fused and as far below as `form` is made of integers."""
+    reference, fast = Interpreter(path), Session(path)
+    # Q/DQ is float arithmetic below the level EXTENDED.
+    other = Session(path, optimisation=Optimisation.EXTENDED if form == "qdq" else Optimisation.OFF)
+    for feed in feeds:
+        for name, expected in reference.run(feed).items():
+            assert reference.float_nodes == []
+            np.testing.assert_array_equal(fast.run(feed)[name], expected)
+            np.testing.assert_array_equal(other.run(feed)[name], expected)
+
+
+def digits(count: int) -> list[Feeds]:
+    """The first labelled digits that ship, one a feed."""
+    return [{"input": image[None]} for image in np.load(MODELS / "digits.npz")["input"][:count]]
+
+
 def ending_in(model: ModelProto, names: Sequence[str]) -> ModelProto:
     """The part of `model` that computes the tensors `names`, which become its outputs."""
     graph = Graph.from_proto(model)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from cli_helpers import CNN, MODELS, Command, is_one_error
 from core_models import floats, images, model, run_core
-from exactness_helpers import assert_exact, with_ranges
+from exactness_helpers import assert_exact, assert_file_exact, digits, with_ranges
 from runtime_marks import needs_conv_integer
 
 from qcompile import compile_model
@@ -28,7 +28,7 @@ from qcompile.plan import ScaleClass
 from qcompile.printing_lines import raised_line, worst_lines
 from qcompile.qparams import ACTIVATIONS
 from qcompile.recipe import recipe_of
-from qcompile.runtime import Optimisation, Session
+from qcompile.runtime import Session
 
 DATA = str(MODELS / "digits_calib.npz")
 FORMATS = ["qdq", "qoperator", pytest.param("integer", marks=needs_conv_integer)]
@@ -59,14 +59,7 @@ def test_each_format_is_exact(bits: int, form: str, tmp_path: Path) -> None:
     assert all(r.exact for r in rescales(path))
     if form == "integer":
         assert certify(path).integer_only
-    reference, fast = Interpreter(path), Session(path)
-    # Q/DQ is float arithmetic below the level EXTENDED.
-    other = Session(path, optimisation=Optimisation.EXTENDED if form == "qdq" else Optimisation.OFF)
-    for image in np.load(MODELS / "digits.npz")["input"][:20]:
-        expected = reference.run({"input": image[None]})["logits"]
-        assert reference.float_nodes == []
-        np.testing.assert_array_equal(fast.run({"input": image[None]})["logits"], expected)
-        np.testing.assert_array_equal(other.run({"input": image[None]})["logits"], expected)
+    assert_file_exact(path, form, digits(20))
 
 
 @pytest.mark.parametrize("bits", [6, 4, 3, 2])

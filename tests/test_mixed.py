@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import pytest
 from cli_helpers import CNN, MODELS, Command, is_one_error
+from exactness_helpers import assert_file_exact, digits
 from runtime_marks import needs_conv_integer
 
 from qcompile import compile_model
@@ -49,13 +50,7 @@ def test_each_format_is_exact_and_keeps_the_limit(form: str, tmp_path: Path) -> 
     assert average == pytest.approx(report["mixed"]["average_bits"])
     assert len({x.weight_bits for x in layers}) > 1
     assert audit(path).not_fused == []
-    reference, fast = Interpreter(path), Session(path)
-    for image in np.load(MODELS / "digits.npz")["input"][:20]:
-        feed = {"input": image[None]}
-        expected = reference.run(feed)["logits"]
-        np.testing.assert_array_equal(fast.run(feed)["logits"], expected)
-        if form != "qdq":
-            np.testing.assert_array_equal(Session(path, optimisation=Optimisation.OFF).run(feed)["logits"], expected)
+    assert_file_exact(path, form, digits(20))
     if form == "integer":
         assert certify(path).integer_only
     found = rescales(path)

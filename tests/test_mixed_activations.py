@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from cli_helpers import CNN, MODELS, Command, is_one_error
 from core_models import floats
+from exactness_helpers import assert_file_exact, digits
 from passes_helpers import parse
 from runtime_marks import needs_conv_integer
 
@@ -20,14 +21,12 @@ from qcompile.context import Settings
 from qcompile.cut_layer import LayerSpec
 from qcompile.errors import InputError
 from qcompile.graph import Graph
-from qcompile.interpret import Interpreter
 from qcompile.layer_counts import count_layers
 from qcompile.options_mixed import parse_activation_widths
 from qcompile.planner import Assigned, Mixing, Planner
 from qcompile.printing_mixed import mixed_lines
 from qcompile.probing import Study, WidthCost, measure_group
 from qcompile.recipe import recipe_of
-from qcompile.runtime import Optimisation, Session
 from qcompile.sensitivity import GroupSensitivity, LayerSensitivity, Sensitivity
 from qcompile.source_groups import SourceGroup, Step
 
@@ -57,13 +56,7 @@ def test_each_format_is_exact_and_keeps_the_limit(form: str, tmp_path: Path) -> 
     assert audit(path).not_fused == []
     if form == "integer":
         assert certify(path).integer_only
-    reference, fast = Interpreter(path), Session(path)
-    for image in np.load(MODELS / "digits.npz")["input"][:10]:
-        feed = {"input": image[None]}
-        expected = reference.run(feed)["logits"]
-        np.testing.assert_array_equal(fast.run(feed)["logits"], expected)
-        if form != "qdq":
-            np.testing.assert_array_equal(Session(path, optimisation=Optimisation.OFF).run(feed)["logits"], expected)
+    assert_file_exact(path, form, digits(10))
 
 
 def test_the_same_bytes_from_the_recipe_and_with_workers(tmp_path: Path) -> None:

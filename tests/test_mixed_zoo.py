@@ -18,23 +18,18 @@ ZOO = Path(__file__).resolve().parents[2] / "shared" / "zoo"
 pytest.importorskip("scipy")
 
 
+def resnet20(path: Path, **options: Any) -> dict[str, Any]:
+    """The report of one compilation, judged on the labelled samples."""
+    name = "resnet20_cifar10"
+    data, judged = (f"{ZOO / 'tasks.py'}:{name}_{part}" for part in ("calib", "eval"))
+    return compile_model(ZOO / name / "model.onnx", path, data=data, eval_data=judged, latency=False, **options).report
+
+
 @pytest.mark.zoo
 @pytest.mark.skipif(not ZOO.exists(), reason="needs ../shared/zoo")
 def test_resnet20_loses_less_than_with_five_bits_everywhere(tmp_path: Path) -> None:
-    name = "resnet20_cifar10"
-    data, judged = (f"{ZOO / 'tasks.py'}:{name}_{part}" for part in ("calib", "eval"))
-    source = ZOO / name / "model.onnx"
-    uniform = compile_model(source, tmp_path / "u.onnx", bits=5, data=data, eval_data=judged, latency=False).report
-    mixed = compile_model(
-        source,
-        tmp_path / "m.onnx",
-        bits="mixed",
-        limit={"avg-bits": 5},
-        mixed_by="noise",
-        data=data,
-        eval_data=judged,
-        latency=False,
-    ).report
+    uniform = resnet20(tmp_path / "u.onnx", bits=5)
+    mixed = resnet20(tmp_path / "m.onnx", bits="mixed", limit={"avg-bits": 5}, mixed_by="noise")
     assert mixed["mixed"]["average_bits"] <= 5
     assert mixed["accuracy"]["sqnr_db"] > uniform["accuracy"]["sqnr_db"] + 0.3
 
@@ -42,13 +37,8 @@ def test_resnet20_loses_less_than_with_five_bits_everywhere(tmp_path: Path) -> N
 @pytest.mark.zoo
 @pytest.mark.skipif(not ZOO.exists(), reason="needs ../shared/zoo")
 def test_resnet20_with_pairs_of_widths_loses_less_than_with_five_bits_of_both(tmp_path: Path) -> None:
-    name = "resnet20_cifar10"
-    data, judged = (f"{ZOO / 'tasks.py'}:{name}_{part}" for part in ("calib", "eval"))
-    source = ZOO / name / "model.onnx"
-    common: dict[str, Any] = {"data": data, "eval_data": judged, "latency": False}
-    uniform = compile_model(source, tmp_path / "u.onnx", bits=5, activations=5, **common).report
-    pairs: dict[str, Any] = {"bits": "mixed", "limit": {"bops": 0.4}, "activation_widths": "4,6,8", "mixed_by": "noise"}
-    mixed = compile_model(source, tmp_path / "m.onnx", **pairs, **common).report
+    uniform = resnet20(tmp_path / "u.onnx", bits=5, activations=5)
+    mixed = resnet20(tmp_path / "m.onnx", bits="mixed", limit={"bops": 0.4}, activation_widths="4,6,8", mixed_by="noise")
     assert mixed["accuracy"]["sqnr_db"] > uniform["accuracy"]["sqnr_db"] + 1.5
     feed = {"input": np.random.default_rng(0).standard_normal((1, 3, 32, 32)).astype(np.float32)}
     layers = count_layers(tmp_path / "m.onnx", feed)
