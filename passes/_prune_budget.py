@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 from typing import Protocol
@@ -116,11 +116,13 @@ class Fixed:
         """Nothing changes."""
 
 
-def order(groups: Sequence[tuple[list[int], int]], judge: Judge, costs: Costs, multiple: int) -> list[Step]:
-    """Chunks in the order in which they go, until each group is down to one chunk. `costs` and `judge` are used up."""
+def order(groups: Sequence[tuple[list[int], int]], judge: Judge, costs: Costs, multiple: int) -> Iterator[Step]:
+    """Chunks in the order in which they go, until each group is down to one chunk.
+
+    `costs` and `judge` are used up, as far as steps are taken.
+    """
     left = [list(units) for units, _ in groups]  # each chunk, or several at once where only they save a block
     sizes = [ceil(multiple / width) for _, width in groups]
-    steps: list[Step] = []
     while True:
         scores = judge.scores()
         best, least = -1, float("inf")
@@ -133,11 +135,11 @@ def order(groups: Sequence[tuple[list[int], int]], judge: Judge, costs: Costs, m
                 if loss < least:
                     best, least, chosen = index, loss, ranked[:chunk]
         if best < 0:
-            return steps
+            return
         left[best] = [u for u in left[best] if u not in set(chosen)]
         costs.remove(chosen)
         judge.remove(chosen)
-        steps.append(Step(tuple(chosen)))
+        yield Step(tuple(chosen))
 
 
 def layer_slots(trace: Trace, role: str) -> dict[Node, Slot]:

@@ -13,7 +13,7 @@ convolutions, of weights that several nodes share, that an unknown operator read
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -29,7 +29,8 @@ from qcompile.passes._prune_implant import Left, Part, parts_of, refusals, split
 from qcompile.passes._prune_latency import fewest_for_latency
 from qcompile.passes._prune_refit import Refit
 from qcompile.passes._prune_rules import trace
-from qcompile.passes._prune_scores import SecondOrder, hrank, l1
+from qcompile.passes._prune_scores import hrank, l1
+from qcompile.passes._prune_second_order import SecondOrder
 from qcompile.passes._prune_trace import Cut, Trace
 from qcompile.ranges import Thinned
 from qcompile.rewrite import Lossy, Promise, Report
@@ -72,7 +73,7 @@ class PruneChannels:
         groups = groups_of(found)
         steps = order(groups, judge, Costs(found, base, _BLOCK), options.multiple)
         refused = refusals(found, groups) if options.implant else {}
-        cuts = _Cuts(steps, options.implant, options.multiple, refused, groups)
+        cuts = _Cuts(steps, [], options.implant, options.multiple, refused, groups)
         cut = _enough(graph, keep, cuts, Left(found, base), options, samples)
         _count_refusals(report, found, cut, refused)
         dense = graph.copy()
@@ -131,13 +132,25 @@ def _judge(found: Trace, graph: Graph, options: ChannelPruning, samples: list[di
 
 @dataclass(frozen=True)
 class _Cuts:
-    """What so many of the steps come to, with their share of implants."""
+    """What so many of the steps come to, with their share of implants. Steps are counted only as far as they are asked for."""
 
-    steps: Sequence[Step]
+    coming: Iterator[Step]
+    steps: list[Step]
     share: float
     multiple: int
     refused: Mapping[int, str]
     groups: Sequence[tuple[list[int], int]]
+
+    def most(self) -> int:
+        """How many there are."""
+        self.steps.extend(self.coming)
+        return len(self.steps)
+
+    def growing(self) -> Iterator[Cut]:
+        """One step done, two steps, and so on to the last."""
+        while (step := next(self.coming, None)) is not None:
+            self.steps.append(step)
+            yield self.first(len(self.steps))
 
     def first(self, count: int) -> Cut:
         """`count` steps done."""
@@ -153,7 +166,7 @@ def _enough(
     samples: list[dict[str, Array]],
 ) -> Cut:
     """The first steps that meet the budget."""
-    most, target = len(cuts.steps), 1 - options.ratio
+    target = 1 - options.ratio
     if options.budget == "latency":
 
         def do(copy: Graph, count: int) -> None:
@@ -162,11 +175,11 @@ def _enough(
             found.cut(cut)
             split(found, cut, parts)
 
-        done, reached = fewest_for_latency(graph, do, most, target, samples[0])
+        done, reached = fewest_for_latency(graph, do, cuts.most(), target, samples[0])
     else:
-        shares = (left.share(cuts.first(count)) for count in range(1, most + 1))
         reached, done = 1.0, None
-        for count, share in enumerate(shares, 1):
+        for count, cut in enumerate(cuts.growing(), 1):
+            share = left.share(cut)
             reached = min(reached, share)
             if share <= target:
                 done = count

@@ -25,28 +25,30 @@ def input_covariance(node: Node, weight_shape: tuple[int, ...], arrays: Iterable
     arrays: the node's input for each of `count` samples. K runs as the kernel does: (kh, kw, channel of the group). At most
     about 8 K rows are used in all, at positions drawn with `seed`.
     """
-    return _covariance(node, weight_shape, arrays, count, seed)[0]
+    return covariance_and_mean(node, weight_shape, arrays, count, seed)[0]
 
 
 def input_moment(node: Node, weight_shape: tuple[int, ...], arrays: Iterable[Array], count: int, seed: int = 0) -> Array:
     """Second moment E[x x^T] of those rows about zero, [groups, K, K]: where no bias takes care of the mean error."""
-    covariance, mean = _covariance(node, weight_shape, arrays, count, seed)
+    covariance, mean = covariance_and_mean(node, weight_shape, arrays, count, seed)
     return np.asarray(covariance + mean[:, :, None] * mean[:, None, :])
 
 
 def input_variance(node: Node, weight_shape: tuple[int, ...], arrays: Iterable[Array], count: int, seed: int = 0) -> Array:
     """The diagonal of `input_covariance`, [groups, K], at a small part of its cost."""
-    return _variance(node, weight_shape, arrays, count, seed)[0]
+    return variance_and_mean(node, weight_shape, arrays, count, seed)[0]
 
 
 def input_power(node: Node, weight_shape: tuple[int, ...], arrays: Iterable[Array], count: int, seed: int = 0) -> Array:
     """The diagonal of `input_moment`, [groups, K], at a small part of its cost."""
-    variance, mean = _variance(node, weight_shape, arrays, count, seed)
+    variance, mean = variance_and_mean(node, weight_shape, arrays, count, seed)
     return variance + np.square(mean)
 
 
-def _covariance(node: Node, weight_shape: tuple[int, ...], arrays: Iterable[Array], count: int, seed: int) -> tuple[Array, Array]:
-    """(covariance [groups, K, K], mean [groups, K])."""
+def covariance_and_mean(
+    node: Node, weight_shape: tuple[int, ...], arrays: Iterable[Array], count: int, seed: int = 0
+) -> tuple[Array, Array]:
+    """(`input_covariance` [groups, K, K], the mean of those rows [groups, K])."""
     total: Array = np.zeros(())
     mean, rows, origin = np.zeros(()), 0, np.zeros(())
     for part, shift in _sampled(node, weight_shape, arrays, count, seed):
@@ -59,8 +61,10 @@ def _covariance(node: Node, weight_shape: tuple[int, ...], arrays: Iterable[Arra
     return total / rows - mean[:, :, None] * mean[:, None, :], mean + origin[:, 0]
 
 
-def _variance(node: Node, weight_shape: tuple[int, ...], arrays: Iterable[Array], count: int, seed: int) -> tuple[Array, Array]:
-    """(variance, mean), both [groups, K]."""
+def variance_and_mean(
+    node: Node, weight_shape: tuple[int, ...], arrays: Iterable[Array], count: int, seed: int = 0
+) -> tuple[Array, Array]:
+    """(`input_variance`, the mean of those rows), both [groups, K]."""
     total: Array = np.zeros(())
     mean, rows, origin = np.zeros(()), 0, np.zeros(())
     for part, shift in _sampled(node, weight_shape, arrays, count, seed):

@@ -310,7 +310,7 @@ def test_the_first_to_go_are_the_cheapest_for_what_they_save() -> None:
     groups = groups_of(found)
     assert [len(units) for units, _ in groups] == [16, 32]  # the residual stream, and what is inside the block
     scores = l1(found)
-    steps = order(groups, Fixed(scores), Costs(found, base), 4)
+    steps = list(order(groups, Fixed(scores), Costs(found, base), 4))
     assert [len(s.units) for s in steps] == [4] * 10
     inner = set(groups[1][0])
     gone = [u for s in steps for u in s.units if u in inner]

@@ -42,10 +42,17 @@ def test_half_of_the_weights(tmp_path: Path) -> None:
 def test_a_third_of_resnet20s_channels(tmp_path: Path) -> None:
     refitted = drop("resnet20_cifar10", tmp_path / "m.onnx", bits=32, prune_channels=0.3)
     plain = drop("resnet20_cifar10", tmp_path / "l1.onnx", bits=32, prune_channels=0.3, prune_criterion="l1", refit=False)
-    assert refitted <= 10.0
+    assert refitted <= 5.0
     assert refitted + 5.0 <= plain
     before, after = (totals(count_layers(p)) for p in (ZOO / "resnet20_cifar10" / "model.onnx", tmp_path / "m.onnx"))
     assert (after["parameters"] or 0) < (before["parameters"] or 0)
+
+
+@full
+@pytest.mark.parametrize("task", ["mobilenet_v1", "mobilenet_v2"])
+def test_a_tenth_of_a_depthwise_networks_channels(task: str, tmp_path: Path) -> None:
+    """Not those in front of the global pool, where a calibration photo is one row."""
+    assert drop(task, tmp_path / "m.onnx", bits=32, prune_channels=0.1) <= 5.0
 
 
 def test_implants_of_resnet20_in_integers(tmp_path: Path) -> None:
