@@ -85,13 +85,15 @@ class Smooth:
         """The scales [K] with the least error, float32; None where none gains enough."""
         weights = [_matrix(g) for g in group.gemms]
         wanted = [rows @ w for w in weights]
-        top = 2 ** (context.settings.bits - 1) - 1
-        kind = context.activations.narrowed(context.settings.activation_bits)
-        plain = _error(rows, weights, wanted, observer, np.ones(rows.shape[1], np.float32), kind, top)
+        settings, names = context.settings, [g.name for g in group.gemms]
+        tops = [settings.top_for(name) for name in names]
+        asked = [settings.activations_for(name) or settings.activation_bits for name in names]
+        kind = context.activations.narrowed(max(asked))  # of several readers the widest decides
+        plain = _error(rows, weights, wanted, observer, np.ones(rows.shape[1], np.float32), kind, tops)
         best, least = None, plain * 10 ** (-self.least_gain_db / 10)
         for strength in self.strengths:
             scale = migration_scale(observer, weights, strength)
-            error = _error(rows, weights, wanted, observer, scale, kind, top)
+            error = _error(rows, weights, wanted, observer, scale, kind, tops)
             if error < least:
                 best, least = scale, error
         return best
@@ -123,15 +125,21 @@ def migration_scale(observer: Observer, weights: list[Array], strength: float) -
 
 
 def _error(
-    rows: Array, weights: list[Array], wanted: list[Array], observer: Observer, scale: Array, kind: ActivationType, top: int
+    rows: Array,
+    weights: list[Array],
+    wanted: list[Array],
+    observer: Observer,
+    scale: Array,
+    kind: ActivationType,
+    tops: list[int],
 ) -> float:
-    """Squared error of the quantised products (weights within +-top), relative to their variance, summed over the Gemms."""
+    """Squared error of the quantised products (weights within +-tops), relative to their variance, summed over the Gemms."""
     assert observer.lows is not None and observer.highs is not None
     low, high = float((observer.lows / scale).min()), float((observer.highs / scale).max())
     step, zero = activation_params(low, high, kind)
     x = (np.clip(np.rint(rows / scale / step) + zero, kind.low, kind.high) - zero) * step
     total = 0.0
-    for weight, product in zip(weights, wanted, strict=True):
+    for weight, product, top in zip(weights, wanted, tops, strict=True):
         moved = weight * scale[:, None]
         grid = np.maximum(np.abs(moved).max(axis=0), np.float32(1e-30)) / np.float32(top)
         difference = x @ (np.rint(moved / grid) * grid) - product

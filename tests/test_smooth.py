@@ -263,3 +263,23 @@ def test_equal_runs_give_equal_bytes() -> None:
         Smooth().run(graph, context)
         written.append(graph.to_proto().SerializeToString(deterministic=True))
     assert written[0] == written[1]
+
+
+WIDTHS_OF_NODES = {
+    "weights": ({"bits": 2}, {"node_bits": (("*", 2),)}),
+    "mixed": ({"bits": 2}, {"assigned": (("mm", 2),)}),
+    "activations": ({"activation_bits": 4}, {"node_activations": (("*", 4),)}),
+}
+
+
+@pytest.mark.parametrize(("everywhere", "alone"), WIDTHS_OF_NODES.values(), ids=WIDTHS_OF_NODES)
+def test_the_widths_of_single_nodes_decide(everywhere: dict[str, object], alone: dict[str, object]) -> None:
+    model = normalised("y = Gemm(n, w)")
+    next(n for n in model.graph.node if n.op_type == "Gemm").name = "mm"
+    scales = []
+    for settings in ({}, everywhere, alone):
+        _, graph, _ = smoothed(model, rows(20, K), settings=Settings(**settings))  # type: ignore[arg-type]
+        norm = next(n for n in graph.nodes if n.op == "LayerNormalization")
+        scales.append(norm.constant(1).array())  # type: ignore[union-attr]
+    assert not np.array_equal(scales[0], scales[1])
+    np.testing.assert_array_equal(scales[1], scales[2])
