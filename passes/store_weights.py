@@ -9,8 +9,8 @@ error taken into the bias (on the second moment about zero, where there is no bi
 
 onnxruntime (1.32) makes MatMulNBits of DequantizeLinear -> Gemm or MatMul, which rounds activations to 8 bits after all, but not
 of a Gemm with transB. So a Gemm's weights are stored transposed, and the pass must not fire on a MatMul that `linear_form` left;
-nor, the reason counted, where weights are computed at run time or are not float32, on transposed convolutions and
-on those over more than two dimensions.
+nor, the reason counted, where weights are computed at run time or are not float32, on a Gemm with transA, on transposed
+convolutions and on those over more than two dimensions.
 """
 
 from __future__ import annotations
@@ -95,6 +95,8 @@ def _refusal(node: Node) -> str | None:
         return "weights are not float32"
     if node.op == "MatMul":
         return "a MatMul of this form: onnxruntime would round its activations, and it is no Gemm"
+    if node.op == "Gemm" and node.attr("transA", 0):
+        return "Gemm with transA"
     if node.op == "Conv" and not 3 <= len(weight.dims) <= 4:
         return "convolution over more than two dimensions"
     return None

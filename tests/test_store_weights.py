@@ -45,6 +45,7 @@ REFUSED = {
     "transposed": ("s = ConvTranspose (t, w)", {"w": (4, 6, 3, 3)}, "transposed convolution"),
     "product": ("s = MatMul (t, t)", {}, "product of two activations"),
     "computed": ("v = Abs (w)  r = Add (v, x0)  s = Conv (t, r)", {"w": (6, 4, 3, 3)}, "weights are computed at run time"),
+    "transA": ("f = Flatten (t)  s = Gemm <transA = 1> (f, w)", {"w": (1, 6)}, "Gemm with transA"),
     "rank": ("s = MatMul (t, w)", {"w": (4, 4, 6)}, "onnxruntime would round its activations"),
     "3d": (CONV3D, {"w": (6, 4, 1, 3, 3)}, "convolution over more than two dimensions"),
 }
