@@ -42,8 +42,9 @@ demo: $(INSTALLED)
 		--eval models/digits.npz --max-drop 1 --report $(OUT)/report.json
 	$(BIN)/qcompile inspect $(OUT)/digits_cnn.int8.onnx --dyadic --require-exact
 
+# Each worker has a core; more threads in each would fight for them (1.8 times the time).
 test: $(INSTALLED)
-	$(BIN)/pytest $(TESTS)
+	OPENBLAS_NUM_THREADS=1 $(BIN)/pytest $(TESTS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
