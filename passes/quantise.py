@@ -25,7 +25,7 @@ from qcompile.kernel_operands import TABULATED, kernel_operands
 from qcompile.passes._activation_widths import ActivationWidths, width_groups
 from qcompile.passes._flat_ends import bent_range
 from qcompile.passes._match import is_op
-from qcompile.placement import Placement, clip_bounds, data_inputs, place, pool_area, shares_scale
+from qcompile.placement import Placement, clip_bounds, data_inputs, maker, place, pool_area, shares_scale
 from qcompile.plan import AddSite, ClampSite, LinearSite, Plan, PoolSite, ScaleClass
 from qcompile.qparams import activation_params
 from qcompile.ranges import choose_range
@@ -198,12 +198,10 @@ class Inserter:
         for node in list(self.graph.nodes):
             if node in sites or node.op not in ("Conv", "ConvTranspose", "Gemm") or node.constant(1) is None:
                 continue
-            source = node.inputs[0].producer
-            while source is not None and shares_scale(source):
-                source = source.inputs[0].producer
+            source = maker(node.inputs[0])
             output = node.outputs[0]
             readers = {n.op for n in output.consumers}
-            if source is not None and source.op == "DequantizeLinear" and readers & {"QuantizeLinear", "Relu", "Clip"}:
+            if is_op(source, "DequantizeLinear") and readers & {"QuantizeLinear", "Relu", "Clip"}:
                 node.outputs[0] = Value(self.graph.fresh_name(output.name + "_unshielded"), output.type)
                 self.graph.node("Sum", [node.outputs[0]], [output])
 

@@ -9,8 +9,7 @@ error taken into the bias (on the second moment about zero, where there is no bi
 
 onnxruntime (1.32) makes MatMulNBits of DequantizeLinear -> Gemm or MatMul, which rounds activations to 8 bits after all, but not
 of a Gemm with transB. So a Gemm's weights are stored transposed, and the pass must not fire on a MatMul that `linear_form` left;
-nor, the reason counted, where weights are computed at run time or are not float32, on a Gemm with transA, on transposed
-convolutions and on those over more than two dimensions.
+nor, the reason counted, on transposed convolutions and on what integer kernels refuse as well (`placement.weight_refusal`).
 """
 
 from __future__ import annotations
@@ -18,17 +17,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
-from onnx import TensorProto
 
 from qcompile.context import FLOAT_BITS, Context, matches
 from qcompile.errors import DataError, InputError
-from qcompile.graph import Array, Graph, Node, Tensor, Value
+from qcompile.graph import Array, Graph, Node, Value
 from qcompile.moments import input_covariance, input_moment
 from qcompile.passes._linear import bias_of, output_axis, with_bias, write
 from qcompile.passes._linear_rounding import LinearRounding, RoundedLinear, reduction
 from qcompile.passes._match import is_op
 from qcompile.passes.round_weights import replace_weight
-from qcompile.placement import shares_scale
+from qcompile.placement import maker, weight_refusal
 from qcompile.rewrite import Lossy, Promise, Report
 from qcompile.rounding import WIDEST
 from qcompile.walk import Stream, linear_mean, mean_of
@@ -59,7 +57,7 @@ class StoreWeights:
         for node, reason in reasons.items():
             if reason is not None:
                 report.refuse(node.label, reason)
-            elif _is_dequantised(node.inputs[0]):
+            elif is_op(maker(node.inputs[0]), "DequantizeLinear"):
                 report.refuse(node.label, WRITTEN)
         able = [node for node in asked if reasons[node] is None]
         stream = Stream(graph, context.samples) if context.measures else None
@@ -77,29 +75,12 @@ class StoreWeights:
         return report
 
 
-def _is_dequantised(tensor: Tensor) -> bool:
-    """Whether it holds 8-bit integers times a scale."""
-    node = tensor.producer
-    while node is not None and shares_scale(node):
-        node = node.inputs[0].producer
-    return node is not None and node.op == "DequantizeLinear"
-
-
 def _refusal(node: Node) -> str | None:
-    weight = node.constant(1)
     if node.op == "ConvTranspose":
         return "a transposed convolution keeps its float weights"
-    if weight is None:
-        return "product of two activations" if node.op == "MatMul" else "weights are computed at run time"
-    if weight.elem_type != TensorProto.FLOAT:
-        return "weights are not float32"
-    if node.op == "MatMul":
+    if node.op == "MatMul" and node.constant(1) is not None:
         return "a MatMul of this form: onnxruntime would round its activations, and it is no Gemm"
-    if node.op == "Gemm" and node.attr("transA", 0):
-        return "Gemm with transA"
-    if node.op == "Conv" and not 3 <= len(weight.dims) <= 4:
-        return "convolution over more than two dimensions"
-    return None
+    return weight_refusal(node)
 
 
 def _round(graph: Graph, context: Context, node: Node, stream: Stream | None, report: Report) -> RoundedLinear:

@@ -227,6 +227,11 @@ def linear_refusal(node: Node, settings: Settings) -> str | None:
         return reason
     if node.op == "ConvTranspose":
         return "ConvTranspose has no integer kernel in onnxruntime"
+    return weight_refusal(node)
+
+
+def weight_refusal(node: Node) -> str | None:
+    """None where Conv, Gemm or MatMul `node` has weights and a bias that can be stored as integers, one scale a channel."""
     weight = node.constant(1)
     if weight is None:
         return "product of two activations" if node.op == "MatMul" else "weights are computed at run time"
@@ -269,6 +274,14 @@ def shares_scale(node: Node) -> bool:
         cropped = node.attr("coordinate_transformation_mode", "half_pixel") == "tf_crop_and_resize"
         return not cropped and bool(node.attr("mode", "nearest") == "nearest")
     return True
+
+
+def maker(tensor: Tensor) -> Node | None:
+    """The node that computes what data movement carries to `tensor`; None for an input or a constant."""
+    node = tensor.producer
+    while node is not None and shares_scale(node):
+        node = node.inputs[0].producer
+    return node
 
 
 def pool_area(node: Node) -> int | None:
